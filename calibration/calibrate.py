@@ -1,0 +1,102 @@
+"""Calibration from end to end: a model and two sets of spoken requests in, a steering plan out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from calibration.directions import SteeringSettings, largest_rank, steering_plan
+from calibration.errors import InputError
+from calibration.lalm import Lalm, load_lalm
+from calibration.requests import SpokenRequest, read_requests, requests_digest
+from calibration.states import collect_states
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from calibration.plan import SteeringPlan
+    from calibration.states import Progress
+
+REFUSAL_PROMPT = "I cannot assist with that."
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Everything calibration can be told. The defaults are the paper's.
+
+    `limit`: most requests of each kind; with more, `seed` picks the subset. `batch_size`: requests per
+    forward pass; it does not change the result.
+    """
+
+    steering: SteeringSettings = field(default_factory=SteeringSettings)
+    refusal_prompt: str = REFUSAL_PROMPT
+    limit: int | None = 100
+    seed: int = 0
+    batch_size: int = 8
+
+
+def calibrate(
+    model: str | Path | Lalm,
+    harmful: str | Path,
+    benign: str | Path,
+    settings: CalibrationSettings | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> SteeringPlan:
+    """Compute the SARSteer plan of a model (METHOD: refusal direction, safe subspace, ablation).
+
+    `model`: a checkpoint directory, or a model already loaded. `harmful`, `benign`: JSON Lines files of
+    spoken requests. Raises `InputError` for a bad model, bad requests or fewer than two benign ones.
+    """
+    settings = settings or CalibrationSettings()
+    if not settings.refusal_prompt:
+        raise InputError("the refusal prompt is empty; without it there is no refusal direction")
+    harmful_requests = read_requests(harmful, limit=settings.limit, seed=settings.seed)
+    benign_requests = read_requests(benign, limit=settings.limit, seed=settings.seed)
+    if len(benign_requests) < 2:
+        raise InputError(
+            f"{benign}: {len(benign_requests)} benign request; expected at least 2 to span a safe subspace"
+        )
+    lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
+    provenance = calibration_provenance(lalm, harmful_requests, benign_requests, settings)
+    states = collect_states(
+        lalm,
+        harmful_requests,
+        benign_requests,
+        refusal_prompt=settings.refusal_prompt,
+        batch_size=settings.batch_size,
+        progress=progress,
+    )
+    return steering_plan(states, settings.steering, provenance)
+
+
+def calibration_provenance(
+    lalm: Lalm,
+    harmful: Sequence[SpokenRequest],
+    benign: Sequence[SpokenRequest],
+    settings: CalibrationSettings,
+) -> dict[str, Any]:
+    """What a plan was computed from, as JSON: model, data, prompts, settings and library versions."""
+    steering = asdict(settings.steering)
+    return {
+        "method": "SARSteer (arXiv 2510.17633)",
+        "model": type(lalm.model).__name__,
+        "model_dtype": str(lalm.model.dtype).removeprefix("torch."),
+        "model_fingerprint": lalm.fingerprint,
+        "chat_template_sha256": hashlib.sha256(str(lalm.processor.chat_template).encode()).hexdigest(),
+        "refusal_prompt": settings.refusal_prompt,
+        "prompts": sorted({request.text for request in (*harmful, *benign)})[:20],
+        "harmful": {"count": len(harmful), "sha256": requests_digest(harmful)},
+        "benign": {"count": len(benign), "sha256": requests_digest(benign)},
+        "alpha": steering["alpha"],
+        "lambda": steering["ablation"],
+        "rank": min(steering["rank"], largest_rank(len(benign), lalm.parts.hidden_size)),
+        "rank_requested": steering["rank"],
+        "seed": settings.seed,
+        "versions": {name: version(name) for name in ("sarsteer-export", "torch", "transformers", "numpy")},
+    }

@@ -1,0 +1,43 @@
+"""The errors of `sarsteer-export`: one small family, each with the exit code it ends a command with.
+
+An error message says what failed, the value seen, the value expected and what to do. It is raised where
+that is known; the command line only prints it.
+"""
+
+from __future__ import annotations
+
+
+class SarsteerError(Exception):
+    """Base of every error this project raises on purpose."""
+
+    exit_code = 2
+
+
+class InputError(SarsteerError):
+    """A file, option or value given by the user is missing, malformed or contradicts another."""
+
+    exit_code = 2
+
+
+class UnsupportedError(SarsteerError):
+    """What was asked cannot be done here; the message names the remedy."""
+
+    exit_code = 3
+
+
+class SiteNotFoundError(SarsteerError):
+    """The residual stream, or one of its sites, was not found in a graph."""
+
+    exit_code = 4
+
+
+class EngineError(SarsteerError):
+    """A runtime refused to build or run a graph."""
+
+    exit_code = 5
+
+
+class ParityError(SarsteerError):
+    """An engine does not do what the steered PyTorch model does."""
+
+    exit_code = 6

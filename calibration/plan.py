@@ -1,0 +1,368 @@
+"""The steering plan: the one contract between PyTorch and ONNX.
+
+A plan is an ordered list of edits to the residual stream, plus provenance, in one safetensors file. This
+module needs numpy and safetensors only, so that graph passes and production readers can load a plan
+without PyTorch. `docs/plan.md` defines the file format and the meaning of every operation.
+
+Dimensions: B batch, S sequence, D width of the residual stream, K rank of a basis, L decoder blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from calibration.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+FORMAT = "sarsteer-plan"
+VERSION = 1
+METADATA_KEY = "sarsteer"
+MAX_STRENGTH = 1e30
+"""Beyond this a strength is a mistake, and its products with a vector leave float32."""
+ORTHONORMAL_ATOL = 1e-3
+"""Largest |UᵀU − I| a basis may have; a float32 SVD stays below 1e-5; one rounded to bfloat16 does not."""
+
+
+class Site(str, Enum):
+    """Where in the decoder an edit acts."""
+
+    BLOCK_INPUT = "block_input"
+    BLOCK_OUTPUT = "block_output"
+    FINAL_NORM_OUTPUT = "final_norm_output"
+
+
+class Positions(str, Enum):
+    """At which positions of a forward pass an edit acts: the last attended one of each row, or all."""
+
+    LAST = "last"
+    ALL = "all"
+
+
+@dataclass(frozen=True)
+class Add:
+    """`h ← h + strength · vector`.
+
+    `layer`: 0-based decoder block. `vector`: (D,) float32. The product is formed in float32 and cast once
+    to the dtype of the stream.
+    """
+
+    op: ClassVar[str] = "add"
+
+    layer: int
+    vector: NDArray[np.float32]
+    strength: float = 1.0
+    site: Site = Site.BLOCK_OUTPUT
+    positions: Positions = Positions.LAST
+
+    def __post_init__(self) -> None:
+        _freeze(self, "vector")
+
+    def tensors(self) -> dict[str, NDArray[np.float32]]:
+        """The tensors of this edit by their name in the file."""
+        return {"vector": self.vector}
+
+    def validate(self, where: str, hidden_size: int) -> None:
+        """Raise `InputError` naming the tensor that is not finite or not of shape (D,)."""
+        _check_tensor(f"{where}.vector", self.vector, (hidden_size,))
+        with np.errstate(over="ignore"):
+            scaled = np.float32(self.strength) * self.vector
+        if not np.isfinite(scaled).all():
+            raise InputError(
+                f"{where}: strength {self.strength:g} times the vector overflows float32; lower the strength"
+            )
+
+
+@dataclass(frozen=True)
+class Project:
+    """`h ← h − strength · U Uᵀ (h − mean)`.
+
+    `basis` U: (D, K) float32 with orthonormal columns; `mean`: (D,) float32, zero when absent. Computed in
+    float32 whatever the dtype of the stream, and cast once.
+    """
+
+    op: ClassVar[str] = "project"
+
+    layer: int
+    basis: NDArray[np.float32]
+    mean: NDArray[np.float32] | None = None
+    strength: float = 1.0
+    site: Site = Site.BLOCK_OUTPUT
+    positions: Positions = Positions.LAST
+
+    def __post_init__(self) -> None:
+        _freeze(self, "basis")
+        if self.mean is not None:
+            _freeze(self, "mean")
+
+    def tensors(self) -> dict[str, NDArray[np.float32]]:
+        """The tensors of this edit by their name in the file."""
+        return {"basis": self.basis} | ({} if self.mean is None else {"mean": self.mean})
+
+    def validate(self, where: str, hidden_size: int) -> None:
+        """Raise `InputError` naming the tensor that is not finite, of the wrong shape or not orthonormal."""
+        if self.basis.ndim != 2 or not 1 <= self.basis.shape[1] <= hidden_size:
+            raise InputError(
+                f"{where}.basis has shape {self.basis.shape}; expected ({hidden_size}, K) "
+                f"with 1 <= K <= {hidden_size}"
+            )
+        _check_tensor(f"{where}.basis", self.basis, (hidden_size, self.basis.shape[1]))
+        gram_KK = self.basis.T @ self.basis
+        deviation = float(np.abs(gram_KK - np.eye(len(gram_KK), dtype=np.float32)).max())
+        if deviation > ORTHONORMAL_ATOL:
+            raise InputError(
+                f"{where}.basis is not orthonormal: |UᵀU − I| is {deviation:.3g}, expected at most "
+                f"{ORTHONORMAL_ATOL}; orthonormalise it first, e.g. `np.linalg.qr(basis)[0]`"
+            )
+        if self.mean is not None:
+            _check_tensor(f"{where}.mean", self.mean, (hidden_size,))
+
+
+Edit: TypeAlias = "Add | Project"
+OPERATIONS: tuple[type[Add] | type[Project], ...] = (Add, Project)
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """An ordered list of edits for a decoder of `num_layers` blocks and width `hidden_size`.
+
+    `provenance` is free JSON: what the plan was computed from. Its `model_fingerprint`, when present, ties
+    the plan to one checkpoint. Raises `InputError` naming the field that is wrong.
+    """
+
+    hidden_size: int
+    num_layers: int
+    edits: tuple[Edit, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edits", tuple(self.edits))
+        _check_count("hidden_size", self.hidden_size)
+        _check_count("num_layers", self.num_layers)
+        if not self.edits:
+            raise InputError("the plan has no edits; expected at least one")
+        for index, edit in enumerate(self.edits):
+            self._validate_edit(f"edits.{index}", edit)
+
+    def _validate_edit(self, where: str, edit: Edit) -> None:
+        if isinstance(edit.layer, bool) or not isinstance(edit.layer, int):
+            raise InputError(f"{where}.layer is {edit.layer!r}; expected an integer")
+        if not 0 <= edit.layer < self.num_layers:
+            raise InputError(
+                f"{where}.layer is {edit.layer}; expected 0 to {self.num_layers - 1} "
+                f"(the plan is for {self.num_layers} decoder blocks, counted from 0)"
+            )
+        if edit.site is Site.FINAL_NORM_OUTPUT and edit.layer != self.num_layers - 1:
+            raise InputError(
+                f"{where}.layer is {edit.layer}; an edit at final_norm_output names the last block, "
+                f"{self.num_layers - 1}"
+            )
+        if not math.isfinite(edit.strength) or abs(edit.strength) > MAX_STRENGTH:
+            raise InputError(
+                f"{where}.strength is {edit.strength}; expected a finite number of at most {MAX_STRENGTH:g}"
+            )
+        edit.validate(where, self.hidden_size)
+
+    @property
+    def model_fingerprint(self) -> str | None:
+        """Fingerprint of the checkpoint the plan was calibrated on, or None for a hand-written plan."""
+        value = self.provenance.get("model_fingerprint")
+        return value if isinstance(value, str) else None
+
+    def digest(self) -> str:
+        """Content hash (hex sha256) of what the plan does: sizes, edits and tensors, not provenance."""
+        bare = dataclasses.replace(self, provenance={})
+        return hashlib.sha256(bare.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The plan as the bytes of its safetensors file; equal plans give equal bytes."""
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "edits": [_edit_header(edit) for edit in self.edits],
+            "provenance": dict(self.provenance),
+        }
+        tensors = {
+            f"edits.{index}.{name}": np.ascontiguousarray(tensor)
+            for index, edit in enumerate(self.edits)
+            for name, tensor in edit.tensors().items()
+        }
+        return save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True, allow_nan=False)})
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to `path` (safetensors), whole or not at all."""
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            partial.write_bytes(self.to_bytes())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SteeringPlan:
+        """Read and validate a plan file.
+
+        Raises `InputError` that names the file and the field that is wrong.
+        """
+        source = Path(path)
+        if not source.is_file():
+            raise InputError(f"plan {source}: no such file")
+        try:
+            with safe_open(source, framework="numpy") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
+            raise InputError(f"plan {source}: not a readable safetensors file ({error})") from error
+        try:
+            return _decode(metadata, tensors)
+        except InputError as error:
+            raise InputError(f"plan {source}: {error}") from None
+
+
+def check_plan_fits(
+    plan: SteeringPlan, *, hidden_size: int, num_layers: int, fingerprint: str | None, force: bool = False
+) -> None:
+    """Raise `InputError` when `plan` was made for another shape of model or, unless `force`, another model.
+
+    `fingerprint` is that of the model or graph at hand; None when it is not known.
+    """
+    if plan.hidden_size != hidden_size:
+        raise InputError(f"the plan is for width {plan.hidden_size}; this decoder's width is {hidden_size}")
+    if plan.num_layers != num_layers:
+        raise InputError(
+            f"the plan is for {plan.num_layers} decoder blocks; this decoder has {num_layers} blocks"
+        )
+    made_for = plan.model_fingerprint
+    if not force and made_for is not None and fingerprint is not None and made_for != fingerprint:
+        raise InputError(
+            f"the plan was made for another model: its fingerprint is {made_for[:12]}, this model's is "
+            f"{fingerprint[:12]}; calibrate on this model, or use --force to steer it all the same"
+        )
+
+
+def _edit_header(edit: Edit) -> dict[str, Any]:
+    return {
+        "layer": edit.layer,
+        "site": edit.site.value,
+        "op": edit.op,
+        "positions": edit.positions.value,
+        "strength": float(edit.strength),
+    }
+
+
+def _decode(metadata: Mapping[str, str], tensors: dict[str, NDArray[Any]]) -> SteeringPlan:
+    if METADATA_KEY not in metadata:
+        raise InputError(f"no metadata entry {METADATA_KEY!r}; this safetensors file is not a steering plan")
+    try:
+        header = json.loads(metadata[METADATA_KEY])
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"metadata entry {METADATA_KEY!r} is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise InputError(f"metadata entry {METADATA_KEY!r} is no JSON object")
+    if header.get("format") != FORMAT:
+        raise InputError(f"format is {header.get('format')!r}; expected {FORMAT!r}")
+    if header.get("version") != VERSION:
+        raise InputError(f"version is {header.get('version')!r}; this release reads version {VERSION}")
+    entries = header.get("edits")
+    if not isinstance(entries, list):
+        raise InputError(f"edits is {type(entries).__name__}; expected a list")
+    remaining = dict(tensors)
+    edits = tuple(_decode_edit(f"edits.{index}", entry, remaining) for index, entry in enumerate(entries))
+    if remaining:
+        raise InputError(f"tensors that belong to no edit: {', '.join(sorted(remaining))}")
+    provenance = header.get("provenance", {})
+    if not isinstance(provenance, dict):
+        raise InputError(f"provenance is {type(provenance).__name__}; expected an object")
+    return SteeringPlan(
+        hidden_size=_integer("hidden_size", header.get("hidden_size")),
+        num_layers=_integer("num_layers", header.get("num_layers")),
+        edits=edits,
+        provenance=provenance,
+    )
+
+
+def _decode_edit(where: str, entry: object, remaining: dict[str, NDArray[Any]]) -> Edit:
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} is {type(entry).__name__}; expected an object")
+    known = {"layer", "site", "op", "positions", "strength"}
+    if unknown := sorted(set(entry) - known):
+        raise InputError(
+            f"{where} has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
+    if missing := sorted(known - set(entry)):
+        raise InputError(f"{where} lacks {', '.join(missing)}")
+    operations = {operation.op: operation for operation in OPERATIONS}
+    operation = operations.get(entry["op"]) if isinstance(entry["op"], str) else None
+    if operation is None:
+        raise InputError(f"{where}.op is {entry['op']!r}; known are {', '.join(operations)}")
+    strength = entry["strength"]
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or abs(strength) > MAX_STRENGTH:
+        raise InputError(f"{where}.strength is {strength!r}; expected a number of at most {MAX_STRENGTH:g}")
+
+    def take(name: str, *, required: bool) -> NDArray[np.float32] | None:
+        tensor = remaining.pop(f"{where}.{name}", None)
+        if tensor is None and required:
+            raise InputError(f"tensor {where}.{name} is missing")
+        if tensor is not None and tensor.dtype != np.float32:
+            raise InputError(f"tensor {where}.{name} is {tensor.dtype}; expected float32")
+        return tensor
+
+    placement: dict[str, Any] = {
+        "layer": _integer(f"{where}.layer", entry["layer"]),
+        "strength": float(strength),
+        "site": _member(f"{where}.site", Site, entry["site"]),
+        "positions": _member(f"{where}.positions", Positions, entry["positions"]),
+    }
+    if operation is Add:
+        return Add(vector=take("vector", required=True), **placement)  # type: ignore[arg-type]
+    return Project(basis=take("basis", required=True), mean=take("mean", required=False), **placement)  # type: ignore[arg-type]
+
+
+def _freeze(edit: Edit, name: str) -> None:
+    """Make the tensor a read-only float32 array, so that a frozen edit really is."""
+    array = np.array(getattr(edit, name), dtype=np.float32, copy=True)
+    array.setflags(write=False)
+    object.__setattr__(edit, name, array)
+
+
+def _check_tensor(where: str, tensor: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise InputError(f"{where} has shape {tensor.shape}; expected {shape}")
+    bad = int(tensor.size - np.isfinite(tensor).sum())
+    if bad:
+        raise InputError(f"{where} has {bad} values that are NaN or infinite; expected finite values")
+
+
+def _check_count(where: str, value: object) -> None:
+    if _integer(where, value) < 1:
+        raise InputError(f"{where} is {value}; expected at least 1")
+
+
+def _integer(where: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{where} is {value!r}; expected an integer")
+    return value
+
+
+def _member(where: str, kind: type[Any], value: object) -> Any:
+    members: list[str] = [member.value for member in kind]
+    if value not in members:
+        raise InputError(f"{where} is {value!r}; known are {', '.join(members)}")
+    return kind(value)

@@ -1,0 +1,123 @@
+"""Hidden states of the residual stream at the last attended position of every decoder block.
+
+Dimensions: N requests, L decoder blocks, B batch, S sequence, T past and present, D width.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+from calibration.lalm import DecoderParts, Lalm, encode_requests
+from calibration.requests import SpokenRequest, load_audio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    Progress: TypeAlias = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CalibrationStates:
+    """Block outputs at the last prompt position, float32, each (N, L, D); METHOD notation in brackets.
+
+    `harmful_NLD`: harmful audio with its prompt [h_l(a, t)]. `refused_NLD`: the same audio, the refusal
+    text concatenated to the prompt [h_l(a, t + r)]. `benign_NLD`: benign audio with its prompt [H_safe].
+    """
+
+    harmful_NLD: NDArray[np.float32]
+    refused_NLD: NDArray[np.float32]
+    benign_NLD: NDArray[np.float32]
+
+
+def last_attended(attention_mask_BT: torch.Tensor, sequence: int) -> torch.Tensor:
+    """Mark the last attended position of this forward pass in each row: bool (B, S).
+
+    The mask covers past and present; its last `sequence` columns are this pass. A row that attends to
+    nothing here is marked nowhere.
+    """
+    window_BS = attention_mask_BT[:, -sequence:].bool()
+    positions_S = torch.arange(sequence, device=window_BS.device)
+    attended_BS = torch.where(window_BS, positions_S, -1)
+    return attended_BS == attended_BS.amax(dim=1, keepdim=True).clamp(min=0)
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states (B, S, D) in what a decoder block returns (a tensor, or a tuple of it first)."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, torch.Tensor):
+        raise TypeError(f"a decoder block returned {type(output).__name__}; expected a tensor or a tuple")
+    return hidden
+
+
+@contextmanager
+def recorded_block_outputs(parts: DecoderParts) -> Iterator[list[torch.Tensor]]:
+    """Within the block, the list holds each decoder block's latest output (B, S, D), in block order."""
+    outputs: list[torch.Tensor] = [torch.empty(0)] * len(parts.blocks)
+
+    def record(layer: int) -> Callable[[torch.nn.Module, Any, Any], None]:
+        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            outputs[layer] = hidden_of(output)
+
+        return hook
+
+    handles = [block.register_forward_hook(record(layer)) for layer, block in enumerate(parts.blocks)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def last_position_states(
+    lalm: Lalm, texts: Sequence[str], audios: Sequence[NDArray[np.float32]] | None
+) -> NDArray[np.float32]:
+    """Block outputs at the last prompt position of B requests, float32 (B, L, D)."""
+    inputs = encode_requests(lalm, texts, audios)
+    with torch.inference_mode(), recorded_block_outputs(lalm.parts) as outputs:
+        lalm.model(**inputs, use_cache=False)
+        last_BS = last_attended(inputs["attention_mask"], outputs[0].shape[1])
+        states_BLD = torch.stack([hidden_BSD[last_BS].float() for hidden_BSD in outputs], dim=1)
+    return states_BLD.cpu().numpy()
+
+
+def collect_states(
+    lalm: Lalm,
+    harmful: Sequence[SpokenRequest],
+    benign: Sequence[SpokenRequest],
+    *,
+    refusal_prompt: str,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> CalibrationStates:
+    """Run every request through the model and keep what calibration needs (METHOD, calibration 1 and 2).
+
+    The refusal text is concatenated to the prompt verbatim, in the same user turn; the audio is the same.
+    """
+
+    def run(stage: str, requests: Sequence[SpokenRequest], suffix: str) -> NDArray[np.float32]:
+        batches = []
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            audios = [
+                load_audio(
+                    request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds
+                )
+                for request in batch
+            ]
+            batches.append(last_position_states(lalm, [request.text + suffix for request in batch], audios))
+            if progress is not None:
+                progress(stage, start + len(batch), len(requests))
+        return np.concatenate(batches)
+
+    return CalibrationStates(
+        harmful_NLD=run("harmful", harmful, ""),
+        refused_NLD=run("harmful, refusal prompted", harmful, refusal_prompt),
+        benign_NLD=run("benign", benign, ""),
+    )

@@ -1,0 +1,1 @@
+"""Engines: build and run ONNX graphs on a runtime, and compare numbers."""

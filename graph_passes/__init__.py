@@ -1,0 +1,1 @@
+"""Graph passes: find the residual stream of an ONNX decoder, edit it by reference, check what was done."""

@@ -1,0 +1,53 @@
+"""What must hold of a graph after a pass. Each check returns nothing or raises."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from calibration.errors import SiteNotFoundError
+from graph_passes.graph_index import GraphIndex
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from onnx import ModelProto
+
+    from calibration.plan import SteeringPlan
+    from graph_passes.insertion import InsertedEdit
+
+
+class GraphDamagedError(RuntimeError):
+    """A pass broke the graph: a defect of this project, never of the input."""
+
+
+def check_interface(before: ModelProto, after: ModelProto) -> None:
+    """The graph's inputs, outputs, opsets, IR version, functions and metadata are those of `before`."""
+    pairs = {
+        "inputs": (list(before.graph.input), list(after.graph.input)),
+        "outputs": (list(before.graph.output), list(after.graph.output)),
+        "opsets": (list(before.opset_import), list(after.opset_import)),
+        "IR version": (before.ir_version, after.ir_version),
+        "functions": (list(before.functions), list(after.functions)),
+        "metadata": (list(before.metadata_props), list(after.metadata_props)[: len(before.metadata_props)]),
+    }
+    for what, (old, new) in pairs.items():
+        if old != new:
+            raise GraphDamagedError(f"patching changed the graph's {what}")
+
+
+def check_wiring(model: ModelProto, inserted: Sequence[InsertedEdit]) -> None:
+    """The graph is well formed, and the edited stream of every edit is read by something or is an output."""
+    index = GraphIndex(model.graph)
+    by_name = {node.name: node for node in index.nodes}
+    outputs = {value.name for value in model.graph.output}
+    for edit in inserted:
+        result = by_name[edit.nodes[-1]].output[0]
+        if not index.consumers[result] and result not in outputs:
+            raise GraphDamagedError(f"nothing reads the result {result!r} of edit {edit.number}")
+
+
+def check_count(plan: SteeringPlan, inserted: Sequence[InsertedEdit]) -> None:
+    """As many edits were made as the plan has, each once."""
+    made = [edit.number for edit in inserted]
+    if made != list(range(len(plan.edits))):
+        raise SiteNotFoundError(f"the plan has {len(plan.edits)} edits; {len(made)} were made: {made}")
