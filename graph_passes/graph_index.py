@@ -29,7 +29,7 @@ class GraphIndex:
         self.graph = graph
         self.nodes: list[NodeProto] = list(graph.node)
         self.constants = {tensor.name for tensor in graph.initializer}
-        self.constants |= {str(tensor.values.name) for tensor in graph.sparse_initializer}  # type: ignore[attr-defined]
+        self.constants |= {str(tensor.values.name) for tensor in graph.sparse_initializer}
         self.inputs = [value.name for value in graph.input if value.name not in self.constants]
         self.producer: dict[str, int] = {}
         self.consumers: dict[str, list[int]] = defaultdict(list)
@@ -98,7 +98,7 @@ def reads(node: NodeProto) -> list[str]:
     """The outer tensors a node reads: its inputs, and what its subgraphs capture."""
     names = [name for name in node.input if name]
     for body in subgraphs(node):
-        inner = {value.name for value in (*body.input, *body.initializer)}
+        inner = {value.name for value in body.input} | {tensor.name for tensor in body.initializer}
         for child in body.node:
             names += [name for name in reads(child) if name not in inner]
             inner.update(child.output)
