@@ -37,6 +37,12 @@ class CalibrationSettings:
     seed: int = 0
     batch_size: int = 8
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"limit is {self.limit}; expected at least 1")
+        if self.batch_size < 1:
+            raise InputError(f"batch size is {self.batch_size}; expected at least 1")
+
 
 def calibrate(
     model: str | Path | Lalm,

@@ -7,6 +7,7 @@ Dimensions: N requests, L decoder blocks, D width, K rank of the safe subspace.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +82,14 @@ def largest_rank(benign: int, hidden_size: int) -> int:
 def steering_vectors(states: CalibrationStates, *, rank: int, ablation: float) -> NDArray[np.float32]:
     """The ablated refusal direction v⊥ of every block, (L, D) float32.
 
-    `rank` is clamped to N − 1, with a warning in the log.
+    `rank` is clamped to N − 1, with a warning in the log. Raises `InputError` when a state is not finite.
     """
+    for name in ("harmful_NLD", "refused_NLD", "benign_NLD"):
+        if not np.isfinite(getattr(states, name)).all():
+            raise InputError(
+                f"the model's hidden states over the {name.split('_')[0]} requests hold NaN or infinite "
+                "values; its dtype may be too narrow, calibrate in float32 or bfloat16"
+            )
     benign, _, hidden_size = states.benign_NLD.shape
     limit = largest_rank(benign, hidden_size)
     if rank > limit:
@@ -112,6 +119,8 @@ def steering_plan(
     layers = range(num_layers) if settings.layers is None else settings.layers
     if outside := [layer for layer in layers if not 0 <= layer < num_layers]:
         raise InputError(f"layer {outside[0]} does not exist; expected 0 to {num_layers - 1}")
+    if twice := [layer for layer, count in Counter(layers).items() if count > 1]:
+        raise InputError(f"layer {twice[0]} is named twice; expected each layer once")
     return SteeringPlan(
         hidden_size=hidden_size,
         num_layers=num_layers,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
+from calibration.checkpoint import fingerprint, read_config
 from calibration.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -87,7 +85,7 @@ def load_lalm(path: str | Path, *, device: str = "cpu", dtype: str = "float32") 
     Raises `InputError` when the directory is missing or damaged, or holds no audio-language model.
     """
     folder = Path(path)
-    config = _read_config(folder)
+    config = read_config(folder)
     architecture = _architecture(folder, config)
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
@@ -100,29 +98,23 @@ def load_lalm(path: str | Path, *, device: str = "cpu", dtype: str = "float32") 
         ) from error
     try:
         auto_processor: Any = transformers.AutoProcessor
-        processor = auto_processor.from_pretrained(folder, local_files_only=True)
+        processor = auto_processor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model, loading = architecture.from_pretrained(
-            folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True
+            folder,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            output_loading_info=True,
+            use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"model {folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # a damaged file surfaces as almost any exception of the libraries below
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"model {folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
     if not hasattr(processor, "feature_extractor") or getattr(processor, "tokenizer", None) is None:
         raise InputError(f"model {folder}: its processor takes no audio; not an audio-language model")
     if incomplete := sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"]):
         raise InputError(f"model {folder}: weights missing or of another shape: {', '.join(incomplete[:3])}")
     model.to(target).eval()
     return Lalm(model, processor, folder, fingerprint(folder))
-
-
-def fingerprint(folder: Path) -> str:
-    """Hex sha256 over the configuration and the weight files of a checkpoint, by name and content."""
-    digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        with file.open("rb") as opened:
-            digest.update(f"{file.name}\0".encode())
-            while chunk := opened.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def encode_requests(
@@ -155,20 +147,6 @@ def encode_requests(
 def position_ids(attention_mask_BT: torch.Tensor) -> torch.Tensor:
     """Positions (B, T) counted over attended tokens only; 0 at padding before the first of them."""
     return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise InputError(f"model {folder}: no such directory; expected a checkpoint saved by save_pretrained")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"model {folder}: config.json cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"model {folder}: config.json is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"model {folder}: config.json holds no object")
-    return config
 
 
 def _architecture(folder: Path, config: dict[str, Any]) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -53,7 +52,7 @@ class Positions(str, Enum):
     ALL = "all"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Add:
     """`h ← h + strength · vector`.
 
@@ -72,6 +71,12 @@ class Add:
     def __post_init__(self) -> None:
         _freeze(self, "vector")
 
+    def __eq__(self, other: object) -> bool:
+        return _same_edit(self, other)
+
+    def __hash__(self) -> int:
+        return hash((self.op, self.layer, self.site, self.positions, self.strength))
+
     def tensors(self) -> dict[str, NDArray[np.float32]]:
         """The tensors of this edit by their name in the file."""
         return {"vector": self.vector}
@@ -87,7 +92,7 @@ class Add:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Project:
     """`h ← h − strength · U Uᵀ (h − mean)`.
 
@@ -109,6 +114,12 @@ class Project:
         if self.mean is not None:
             _freeze(self, "mean")
 
+    def __eq__(self, other: object) -> bool:
+        return _same_edit(self, other)
+
+    def __hash__(self) -> int:
+        return hash((self.op, self.layer, self.site, self.positions, self.strength))
+
     def tensors(self) -> dict[str, NDArray[np.float32]]:
         """The tensors of this edit by their name in the file."""
         return {"basis": self.basis} | ({} if self.mean is None else {"mean": self.mean})
@@ -121,9 +132,10 @@ class Project:
                 f"with 1 <= K <= {hidden_size}"
             )
         _check_tensor(f"{where}.basis", self.basis, (hidden_size, self.basis.shape[1]))
-        gram_KK = self.basis.T @ self.basis
-        deviation = float(np.abs(gram_KK - np.eye(len(gram_KK), dtype=np.float32)).max())
-        if deviation > ORTHONORMAL_ATOL:
+        with np.errstate(over="ignore", invalid="ignore"):
+            gram_KK = self.basis.T @ self.basis
+            deviation = float(np.abs(gram_KK - np.eye(len(gram_KK), dtype=np.float32)).max())
+        if not deviation <= ORTHONORMAL_ATOL:  # NaN, from products that overflow, is refused too
             raise InputError(
                 f"{where}.basis is not orthonormal: |UᵀU − I| is {deviation:.3g}, expected at most "
                 f"{ORTHONORMAL_ATOL}; orthonormalise it first, e.g. `np.linalg.qr(basis)[0]`"
@@ -157,6 +169,7 @@ class SteeringPlan:
             raise InputError("the plan has no edits; expected at least one")
         for index, edit in enumerate(self.edits):
             self._validate_edit(f"edits.{index}", edit)
+        _check_provenance(self.provenance)
 
     def _validate_edit(self, where: str, edit: Edit) -> None:
         if isinstance(edit.layer, bool) or not isinstance(edit.layer, int):
@@ -171,10 +184,10 @@ class SteeringPlan:
                 f"{where}.layer is {edit.layer}; an edit at final_norm_output names the last block, "
                 f"{self.num_layers - 1}"
             )
-        if not math.isfinite(edit.strength) or abs(edit.strength) > MAX_STRENGTH:
-            raise InputError(
-                f"{where}.strength is {edit.strength}; expected a finite number of at most {MAX_STRENGTH:g}"
-            )
+        for name, kind in (("site", Site), ("positions", Positions)):
+            if not isinstance(getattr(edit, name), kind):
+                raise InputError(f"{where}.{name} is {getattr(edit, name)!r}; expected a {kind.__name__}")
+        _check_strength(f"{where}.strength", edit.strength)
         edit.validate(where, self.hidden_size)
 
     @property
@@ -228,12 +241,17 @@ class SteeringPlan:
             with safe_open(source, framework="numpy") as opened:
                 metadata = opened.metadata() or {}
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+            # safetensors raises TypeError or AttributeError for dtypes that numpy lacks (bfloat16, float8)
             raise InputError(f"plan {source}: not a readable safetensors file ({error})") from error
         try:
             return _decode(metadata, tensors)
         except InputError as error:
             raise InputError(f"plan {source}: {error}") from None
+        except RecursionError:
+            raise InputError(
+                f"plan {source}: metadata entry {METADATA_KEY!r} is not JSON of a sane depth"
+            ) from None
 
 
 def check_plan_fits(
@@ -272,14 +290,17 @@ def _decode(metadata: Mapping[str, str], tensors: dict[str, NDArray[Any]]) -> St
         raise InputError(f"no metadata entry {METADATA_KEY!r}; this safetensors file is not a steering plan")
     try:
         header = json.loads(metadata[METADATA_KEY])
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:  # JSONDecodeError, or an integer of more digits than Python reads
         raise InputError(f"metadata entry {METADATA_KEY!r} is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise InputError(f"metadata entry {METADATA_KEY!r} is no JSON object")
     if header.get("format") != FORMAT:
         raise InputError(f"format is {header.get('format')!r}; expected {FORMAT!r}")
-    if header.get("version") != VERSION:
+    if type(header.get("version")) is not int or header["version"] != VERSION:
         raise InputError(f"version is {header.get('version')!r}; this release reads version {VERSION}")
+    known = {"format", "version", "hidden_size", "num_layers", "edits", "provenance"}
+    if unknown := sorted(set(header) - known):
+        raise InputError(f"unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     entries = header.get("edits")
     if not isinstance(entries, list):
         raise InputError(f"edits is {type(entries).__name__}; expected a list")
@@ -312,9 +333,7 @@ def _decode_edit(where: str, entry: object, remaining: dict[str, NDArray[Any]]) 
     operation = operations.get(entry["op"]) if isinstance(entry["op"], str) else None
     if operation is None:
         raise InputError(f"{where}.op is {entry['op']!r}; known are {', '.join(operations)}")
-    strength = entry["strength"]
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or abs(strength) > MAX_STRENGTH:
-        raise InputError(f"{where}.strength is {strength!r}; expected a number of at most {MAX_STRENGTH:g}")
+    _check_strength(f"{where}.strength", entry["strength"])
 
     def take(name: str, *, required: bool) -> NDArray[np.float32] | None:
         tensor = remaining.pop(f"{where}.{name}", None)
@@ -326,13 +345,24 @@ def _decode_edit(where: str, entry: object, remaining: dict[str, NDArray[Any]]) 
 
     placement: dict[str, Any] = {
         "layer": _integer(f"{where}.layer", entry["layer"]),
-        "strength": float(strength),
+        "strength": float(entry["strength"]),
         "site": _member(f"{where}.site", Site, entry["site"]),
         "positions": _member(f"{where}.positions", Positions, entry["positions"]),
     }
     if operation is Add:
         return Add(vector=take("vector", required=True), **placement)  # type: ignore[arg-type]
     return Project(basis=take("basis", required=True), mean=take("mean", required=False), **placement)  # type: ignore[arg-type]
+
+
+def _same_edit(edit: Edit, other: object) -> bool:
+    """Whether two edits do the same: equal headers and bit-equal tensors."""
+    if not isinstance(other, OPERATIONS) or _edit_header(edit) != _edit_header(other):
+        return False
+    tensors, others = edit.tensors(), other.tensors()
+    return tensors.keys() == others.keys() and all(
+        tensor.shape == others[name].shape and tensor.tobytes() == others[name].tobytes()
+        for name, tensor in tensors.items()
+    )
 
 
 def _freeze(edit: Edit, name: str) -> None:
@@ -353,6 +383,19 @@ def _check_tensor(where: str, tensor: NDArray[np.float32], shape: tuple[int, ...
 def _check_count(where: str, value: object) -> None:
     if _integer(where, value) < 1:
         raise InputError(f"{where} is {value}; expected at least 1")
+
+
+def _check_strength(where: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= MAX_STRENGTH:  # type: ignore[arg-type]
+        raise InputError(f"{where} is {value!r}; expected a finite number of at most {MAX_STRENGTH:g}")
+
+
+def _check_provenance(provenance: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(dict(provenance), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"provenance is not JSON ({error})") from None
 
 
 def _integer(where: str, value: object) -> int:

@@ -41,7 +41,7 @@ def read_requests(path: str | Path, *, limit: int | None = None, seed: int = 0) 
     """
     source = Path(path)
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = source.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise InputError(f"{source}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -88,6 +88,8 @@ def load_audio(
         )
     if rate != sampling_rate:
         samples = soxr.resample(samples, rate, sampling_rate)
+        if samples.size == 0:
+            raise InputError(f"audio {source}: holds no samples at {sampling_rate} Hz; it is too short")
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
@@ -106,7 +108,7 @@ def requests_digest(requests: Sequence[SpokenRequest]) -> str:
 def _parse(where: str, line: str, folder: Path) -> SpokenRequest:
     try:
         record: Any = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: is a {type(record).__name__}; expected an object with audio and text")
@@ -116,4 +118,6 @@ def _parse(where: str, line: str, folder: Path) -> SpokenRequest:
             continue
         if not isinstance(value, str) or not value:
             raise InputError(f"{where}: {name} is {value!r}; expected a non-empty string")
+        if any("\ud800" <= character <= "\udfff" or character == "\0" for character in value):
+            raise InputError(f"{where}: {name} is {value!r}, which is not valid text")
     return SpokenRequest(folder / record["audio"], record["text"], record.get("transcript"))

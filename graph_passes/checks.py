@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from calibration.errors import SiteNotFoundError
-from graph_passes.graph_index import GraphIndex
+from graph_passes.graph_index import GraphIndex, describe
+from graph_passes.residual_stream import UNSTEERED_PREFIX, is_steering
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +37,7 @@ def check_interface(before: ModelProto, after: ModelProto) -> None:
 
 
 def check_wiring(model: ModelProto, inserted: Sequence[InsertedEdit]) -> None:
-    """The graph is well formed, and the edited stream of every edit is read by something or is an output."""
+    """The graph is well formed, every edit is read, and nothing but steering reads an unsteered tensor."""
     index = GraphIndex(model.graph)
     by_name = {node.name: node for node in index.nodes}
     outputs = {value.name for value in model.graph.output}
@@ -44,6 +45,11 @@ def check_wiring(model: ModelProto, inserted: Sequence[InsertedEdit]) -> None:
         result = by_name[edit.nodes[-1]].output[0]
         if not index.consumers[result] and result not in outputs:
             raise GraphDamagedError(f"nothing reads the result {result!r} of edit {edit.number}")
+        unsteered = edit.anchor if edit.anchor in index.inputs else UNSTEERED_PREFIX + edit.anchor
+        for position in index.consumers[unsteered]:
+            if not is_steering(index.nodes[position]):
+                reader = describe(index.nodes[position])
+                raise GraphDamagedError(f"{reader} reads {unsteered!r}, past edit {edit.number}")
 
 
 def check_count(plan: SteeringPlan, inserted: Sequence[InsertedEdit]) -> None:

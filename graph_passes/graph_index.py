@@ -43,7 +43,7 @@ class GraphIndex:
                     )
                 self.consumers[name].append(position)
             for name in filter(None, node.output):
-                if name in self.producer or name in self.inputs:
+                if name in known:
                     raise InputError(f"tensor {name!r} is defined twice, the second time by {describe(node)}")
                 self.producer[name] = position
                 known.add(name)
@@ -67,6 +67,10 @@ class GraphIndex:
         """Everything `tensor` depends on, itself included."""
         position = self.producer.get(tensor)
         return self.bit(tensor) if position is None else self._closures[0][position]
+
+    def is_computed(self, tensor: str) -> bool:
+        """Whether `tensor` depends on a graph input; what does not is a weight, however it is stored."""
+        return bool(self.ancestors(tensor) >> len(self.nodes))
 
     def ancestors_through_matmul(self, tensor: str) -> int:
         """Everything `tensor` depends on by way of at least one matrix product."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MINIMUM_OPSET = 13
 """Squeeze and Unsqueeze take their axes as inputs from this opset on."""
+BFLOAT16_OPSET = 16
+"""Where takes bfloat16 from this opset on."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,15 @@ def insert_edits(
             stream, index, opset, from_mask=last_from_mask, steered_first=steered_first
         )
         splices.append(splice)
-    lowering = Stream(stream.elem_type, last)
     names = edit_names(plan.edits)
     inserted: list[InsertedEdit] = []
     for anchor, numbers in anchors.items():
+        lowering = Stream(stream.elem_type_of(anchor), last)
+        if lowering.elem_type == TensorProto.BFLOAT16 and opset < BFLOAT16_OPSET:
+            raise UnsupportedError(
+                f"the graph's opset is {opset}; a bfloat16 stream needs at least {BFLOAT16_OPSET}; "
+                "export it again"
+            )
         splice, records = _splice_edits(anchor, numbers, plan, names, lowering, index, opset)
         splices.append(splice)
         inserted.extend(records)
@@ -134,8 +141,8 @@ def _last_positions(
     """
     if from_mask and stream.attention_mask is None:
         raise UnsupportedError(
-            "the graph has no input 'attention_mask' to find the last position of each row from; if rows are "
-            "never padded on the right, use --last-from sequence"
+            "the graph has no input 'attention_mask' [batch, past + sequence] to find the last position of "
+            "each row from; if rows are never padded on the right, use --last-from sequence"
         )
     anchor = stream.blocks[0].input
     renamed = steered_first and anchor in index.producer

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper
 
+from calibration.errors import InputError
 from calibration.plan import Add, Edit, Positions, Project
 
 if TYPE_CHECKING:
@@ -41,8 +42,15 @@ class Stream:
         return np.dtype(helper.tensor_dtype_to_np_dtype(self.elem_type))
 
     def cast(self, values: NDArray[np.float32]) -> NDArray[Any]:
-        """float32 values rounded once to the stream's dtype."""
-        return values.astype(self.numpy_dtype)
+        """float32 values rounded once to the stream's dtype. Raises `InputError` when one does not fit."""
+        with np.errstate(over="ignore"):
+            rounded = values.astype(self.numpy_dtype)
+        if not np.isfinite(rounded.astype(np.float32)).all():
+            raise InputError(
+                f"a steering constant of magnitude {np.abs(values).max():g} overflows the stream's "
+                f"{self.numpy_dtype}; lower the strength"
+            )
+        return rounded
 
 
 @dataclass(frozen=True)
@@ -107,21 +115,23 @@ def lower_last_positions(hidden: gs.Tensor, attention_mask: gs.Tensor | None, op
     build = _Builder(MASK_PREFIX.rstrip("."))
     shape = build.node("Shape", "shape", [hidden], np.int64)
     start, end, axis = (
-        build.constant(key, np.array([at])) for key, at in (("from", 1), ("to", 2), ("axis", 0))
+        build.constant(key, np.array([at], dtype=np.int64))
+        for key, at in (("from", 1), ("to", 2), ("axis", 0))
     )
     sequence_1 = build.node("Slice", "sequence", [shape, start, end, axis], np.int64)
     zero, one, minus_one = (
-        build.constant(key, np.array(at)) for key, at in (("zero", 0), ("one", 1), ("none", -1))
+        build.constant(key, np.array(at, dtype=np.int64))
+        for key, at in (("zero", 0), ("one", 1), ("none", -1))
     )
     sequence = build.node("Squeeze", "length", [sequence_1], np.int64)
     positions_S = build.node("Range", "positions", [zero, sequence, one], np.int64)
     if attention_mask is None:
         last = build.node("Sub", "last", [sequence_1, one], np.int64)
         marked = build.node("Equal", "is_last", [positions_S, last], np.bool_)
-        axes = build.constant("as_batch_and_width", np.array([0, 2]))
+        axes = build.constant("as_batch_and_width", np.array([0, 2], dtype=np.int64))
     else:
         window_start = build.node("Neg", "window_start", [sequence_1], np.int64)
-        window_end, columns = build.constant("window_end", np.array([INT64_MAX])), start
+        window_end, columns = build.constant("window_end", np.array([INT64_MAX], dtype=np.int64)), start
         window_BS = build.node(
             "Slice", "window", [attention_mask, window_start, window_end, columns], np.int64
         )
@@ -132,7 +142,7 @@ def lower_last_positions(hidden: gs.Tensor, attention_mask: gs.Tensor | None, op
         else:
             last_B1 = build.node("ReduceMax", "last", [scored_BS], np.int64, axes=[1], keepdims=1)
         marked = build.node("Equal", "is_last", [positions_S, last_B1], np.bool_)
-        axes = build.constant("as_width", np.array([2]))
+        axes = build.constant("as_width", np.array([2], dtype=np.int64))
     output = build.node("Unsqueeze", "mask", [marked, axes], np.bool_)
     return Lowered(build.nodes, output)
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import ModelProto, TensorProto
+from onnx import GraphProto, ModelProto, TensorProto
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from calibration.errors import InputError
+from graph_passes.graph_index import subgraphs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,11 @@ def read_graph(path: str | Path) -> ModelProto:
         ) from error
     if not model.graph.node or not model.graph.output:
         raise InputError(f"ONNX file {source}: holds no graph; expected a decoder")
-    for file in external_files(model):
+    try:
+        files = external_files(model)
+    except InputError as error:
+        raise InputError(f"ONNX file {source}: {error}") from None
+    for file in files:
         data = source.parent / file.location
         if not data.is_file():
             raise InputError(f"ONNX file {source}: its external data {file.location} is missing beside it")
@@ -84,12 +93,17 @@ def external_files(model: ModelProto) -> list[ExternalFile]:
     Raises `InputError` for a location outside the graph's folder.
     """
     needed: dict[str, int] = {}
-    for tensor in _tensors(model):
+    for tensor in _tensors(model.graph):
         if not uses_external_data(tensor):
             continue
-        info = ExternalDataInfo(tensor)
-        place = PurePosixPath(info.location)
-        if not info.location or place.is_absolute() or ".." in place.parts:
+        try:
+            info = ExternalDataInfo(tensor)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"tensor {tensor.name!r}: its external data entry is damaged ({error})"
+            ) from error
+        windows = PureWindowsPath(info.location)  # takes both kinds of separator
+        if not info.location or windows.drive or windows.root or ".." in windows.parts:
             raise InputError(
                 f"tensor {tensor.name!r}: external data location {info.location!r} leaves the graph's folder"
             )
@@ -98,8 +112,12 @@ def external_files(model: ModelProto) -> list[ExternalFile]:
     return [ExternalFile(location, needed[location]) for location in sorted(needed)]
 
 
-def _tensors(model: ModelProto) -> list[TensorProto]:
-    constants = [
-        attribute.t for node in model.graph.node for attribute in node.attribute if attribute.HasField("t")
-    ]
-    return [*model.graph.initializer, *constants]
+def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from ([attribute.t] if attribute.HasField("t") else []) + list(attribute.tensors)
+        for body in subgraphs(node):
+            yield from _tensors(body)

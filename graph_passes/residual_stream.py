@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx
-from onnx import ModelProto, NodeProto, TypeProto
+from onnx import GraphProto, ModelProto, NodeProto, TypeProto
 
 from calibration.errors import SiteNotFoundError, UnsupportedError
 from calibration.plan import Site
-from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe
+from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe, subgraphs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,10 +33,10 @@ STEERED_PREFIX = STEERING_PREFIX + "steered."
 """A steered graph input cannot be renamed; its consumers read this and the name."""
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 TRANSPARENT_OPS = frozenset({"Cast", "Identity"})
-HEAD_OPS = frozenset(
-    {"Add", "Cast", "Div", "Gather", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Tanh"}
-)
-"""What may stand between the final norm and the logits beside the head's matrix product."""
+LOGIT_OPS = frozenset({"Add", "Div", "Mul", "Tanh"})
+"""What may stand between the head's matrix product and the logits: a bias, a scale, a soft cap."""
+SELECTION_OPS = frozenset({"Gather", "GatherND", "Reshape", "Slice", "Squeeze", "Unsqueeze"})
+"""What may stand on either side of the head: a graph that computes the logits of some positions only."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Block:
 class ResidualStream:
     """The residual stream of a decoder: its blocks, width D and ONNX element type.
 
-    `final_norm_output` is what the head reads, or None where there is no final norm. `attention_mask` is the
-    graph input [batch, past + sequence], or None.
+    `final_norm_output` is the final norm of every position, or None where there is none. `attention_mask` is
+    the graph input [batch, past + sequence], or None. `other_types` lists stream tensors of another element
+    type, as an embedding in float32 before a float16 stream.
     """
 
     blocks: tuple[Block, ...]
@@ -62,6 +63,11 @@ class ResidualStream:
     hidden_size: int
     elem_type: int
     attention_mask: str | None
+    other_types: tuple[tuple[str, int], ...] = ()
+
+    def elem_type_of(self, tensor: str) -> int:
+        """The ONNX element type of a stream tensor."""
+        return dict(self.other_types).get(tensor, self.elem_type)
 
     def tensor(self, site: Site, layer: int) -> str:
         """The stream tensor at a site. Raises `SiteNotFoundError` when the graph has no such site."""
@@ -70,7 +76,9 @@ class ResidualStream:
         if site is Site.BLOCK_OUTPUT:
             return self.blocks[layer].output
         if self.final_norm_output is None:
-            raise SiteNotFoundError("this graph has no final norm between the last block and the logits")
+            raise SiteNotFoundError(
+                "this graph has no final norm over every position between its last block and the logits"
+            )
         return self.final_norm_output
 
 
@@ -89,26 +97,55 @@ def find_residual_stream(model: ModelProto) -> ResidualStream:
     """
     graph = model.graph
     index = GraphIndex(graph)
-    if any(node.op_type == "If" for node in graph.node):
-        raise UnsupportedError(
-            "the graph holds If bodies (a merged decoder); export one graph for prefill and decode"
-        )
+    _refuse_unsupported(graph)
     adds = _chain(index, _logits(index))
     blocks = _blocks(index, adds)
     _cross_check_scopes(index, blocks)
-    types = _value_types(model, [block.output for block in blocks])
+    outputs = [block.output for block in blocks]
+    elem_type, hidden_size = _elem_type_and_width(model, outputs)
+    final_norm_output = _final_norm_output(index, outputs[-1], elem_type)
+    tensors = [blocks[0].input, *outputs, *([final_norm_output] if final_norm_output else [])]
+    types = _recorded_types(model, tensors)
     return ResidualStream(
         blocks=blocks,
-        final_norm_output=_final_norm_output(index, blocks[-1].output),
-        hidden_size=_width(types, blocks),
-        elem_type=next(iter(types.values())).tensor_type.elem_type,
-        attention_mask="attention_mask" if "attention_mask" in index.inputs else None,
+        final_norm_output=final_norm_output,
+        hidden_size=hidden_size,
+        elem_type=elem_type,
+        attention_mask=_attention_mask(index),
+        other_types=tuple(
+            (name, types[name].tensor_type.elem_type)
+            for name in tensors
+            if name in types and types[name].tensor_type.elem_type != elem_type
+        ),
     )
 
 
 def is_steering(node: NodeProto) -> bool:
     """Whether a node was inserted by this project."""
     return node.name.startswith(STEERING_PREFIX)
+
+
+def _refuse_unsupported(graph: GraphProto) -> None:
+    for node in graph.node:
+        bodies = subgraphs(node)
+        if any(child.op_type in MATMUL_OPS for body in bodies for child in body.node):
+            raise UnsupportedError(
+                f"{describe(node)} holds bodies that compute (a merged decoder); export one graph that "
+                "serves prefill and decode"
+            )
+        if node.op_type.startswith("Skip") and "LayerNormalization" in node.op_type:
+            raise UnsupportedError(
+                f"{describe(node)} fuses a residual add with the norm behind it; patch the graph before it "
+                "is optimised for a runtime"
+            )
+
+
+def _attention_mask(index: GraphIndex) -> str | None:
+    for value in index.graph.input:
+        if value.name == "attention_mask" and value.name in index.inputs:
+            shape = value.type.tensor_type.shape if value.type.tensor_type.HasField("shape") else None
+            return value.name if shape is None or len(shape.dim) == 2 else None
+    return None
 
 
 def _logits(index: GraphIndex) -> str:
@@ -170,7 +207,7 @@ def _terms(index: GraphIndex, node: NodeProto) -> Iterable[str]:
         producer = index.producer_of(name)
         if producer is not None and producer.op_type == "Add" and _feeds_only_a_sum(index, producer):
             yield from _terms(index, producer)
-        elif name not in index.constants:
+        elif index.is_computed(name):
             yield name
 
 
@@ -188,9 +225,15 @@ def _holds_attention(index: GraphIndex, branch: int) -> bool:
     caches = _cache_inputs(index)
     if caches:
         return any(branch & index.bit(name) for name in caches)
+    members = [(1 << position, node) for position, node in enumerate(index.nodes) if branch >> position & 1]
+    scores = 0  # products of two computed tensors: a router's Softmax in a mixture of experts has none
+    for bit, node in members:
+        if node.op_type in MATMUL_OPS and all(index.is_computed(name) for name in node.input[:2]):
+            scores |= bit
     return any(
-        branch >> position & 1 and (node.op_type == "Softmax" or "Attention" in node.op_type)
-        for position, node in enumerate(index.nodes)
+        "Attention" in node.op_type
+        or (node.op_type == "Softmax" and index.ancestors(node.output[0]) & branch & scores)
+        for _, node in members
     )
 
 
@@ -199,7 +242,9 @@ def _cache_inputs(index: GraphIndex) -> list[str]:
     return [
         value.name
         for value in index.graph.input
-        if value.name in index.inputs and len(value.type.tensor_type.shape.dim) == 4
+        if value.name in index.inputs
+        and value.name != "attention_mask"
+        and len(value.type.tensor_type.shape.dim) == 4
     ]
 
 
@@ -210,6 +255,19 @@ def _source(index: GraphIndex, tensor: str) -> str:
     ):
         tensor = node.input[0]
     return tensor
+
+
+def _stream_start(index: GraphIndex, skip: str) -> str:
+    """The tensor that all of block 0 reads: `skip`, or what it was cast from where the branch reads that."""
+    tensor = skip
+    while (node := index.producer_of(tensor)) is not None:
+        if not is_steering(node):
+            readers = [index.nodes[position] for position in index.consumers[node.input[0]] if node.input]
+            others = [reader for reader in readers if reader is not node and reader.op_type != "Shape"]
+            if node.op_type not in TRANSPARENT_OPS or not any(not is_steering(other) for other in others):
+                break
+        tensor = node.input[0]
+    return _steered(index, tensor)
 
 
 def _steered(index: GraphIndex, tensor: str) -> str:
@@ -226,13 +284,13 @@ def _blocks(index: GraphIndex, adds: list[_ResidualAdd]) -> tuple[Block, ...]:
             f"the residual stream starts with {describe(adds[0].node)}, whose branch holds no attention; "
             "expected the attention of block 0"
         )
-    blocks = []
+    blocks: list[Block] = []
     for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(adds)], strict=True)):
         members = adds[start:end]
         blocks.append(
             Block(
                 index=number,
-                input=_steered(index, _source(index, members[0].skip)),
+                input=blocks[-1].output if blocks else _stream_start(index, members[0].skip),
                 output=_steered(index, members[-1].output),
                 adds=tuple(describe(add.node) for add in members),
             )
@@ -261,34 +319,58 @@ def _cross_check_scopes(index: GraphIndex, blocks: tuple[Block, ...]) -> None:
             )
 
 
-def _final_norm_output(index: GraphIndex, stream_end: str) -> str | None:
-    """Walk back from the logits over the head to the tensor that the head's matrix product reads."""
-    tensor, head_passed = _logits(index), False
+def _final_norm_output(index: GraphIndex, stream_end: str, elem_type: int) -> str | None:
+    """Walk back from the logits over the head to the norm of every position that it reads."""
     end = index.bit(_source(index, stream_end))
-    while (node := index.producer_of(tensor)) is not None:
+    tensor, head_passed = _logits(index), False
+    while (node := index.producer_of(tensor)) is not None and not is_steering(node):
         is_head = node.op_type in MATMUL_OPS and not head_passed
-        if not is_head and (node.op_type not in HEAD_OPS or is_steering(node)):
+        if node.op_type == "Cast" and head_passed and _cast_to(node) == elem_type:
+            break  # a norm computed in float32 ends with the cast to the stream's type
+        passable = SELECTION_OPS | TRANSPARENT_OPS | (frozenset() if head_passed else LOGIT_OPS)
+        if not is_head and node.op_type not in passable:
             break
-        computed = [name for name in node.input if name and index.ancestors(name) & end]
-        if len(computed) != 1:
+        sources = [name for name in node.input if name and index.ancestors(name) & end]
+        if not sources:
             break
-        if head_passed and node.op_type in ("Add", "Mul", "Div", "Tanh"):
-            break  # the norm's own weight or bias
-        tensor, head_passed = computed[0], head_passed or is_head
-    if not head_passed or _source(index, tensor) == _source(index, stream_end):
+        tensor, head_passed = sources[0], head_passed or is_head
+    stream = _source(index, stream_end)
+    if not head_passed or _source(index, tensor) == stream:
         return None
-    return tensor
+    norm = index.ancestors(tensor) & ~index.ancestors(stream)
+    selects = (
+        norm >> position & 1
+        and node.op_type in SELECTION_OPS - {"Reshape"}
+        and index.ancestors(node.input[0]) & end
+        for position, node in enumerate(index.nodes)
+    )
+    return None if any(selects) else tensor
 
 
-def _value_types(model: ModelProto, tensors: list[str]) -> dict[str, TypeProto]:
-    """Types of stream tensors, from the file or, where it says nothing, by shape inference."""
+def _cast_to(node: NodeProto) -> int:
+    return next(attribute.i for attribute in node.attribute if attribute.name == "to")
+
+
+def _elem_type_and_width(model: ModelProto, tensors: list[str]) -> tuple[int, int]:
+    """Element type and width of the stream, from the file or, where it does not say, by shape inference."""
     types = _recorded_types(model, tensors)
-    if types:
-        return types
-    types = _recorded_types(onnx.shape_inference.infer_shapes(model), tensors)
-    if not types:
-        raise SiteNotFoundError(f"the type of the residual stream tensor {tensors[0]!r} cannot be inferred")
-    return types
+    if len(_widths(types)) != 1:
+        types = _recorded_types(onnx.shape_inference.infer_shapes(model), tensors)
+    widths = _widths(types)
+    if len(widths) != 1:
+        raise SiteNotFoundError(
+            f"the width of the residual stream at {tensors[0]!r} is not one fixed number; found "
+            f"{sorted(widths) or 'none'}"
+        )
+    return next(iter(types.values())).tensor_type.elem_type, widths.pop()
+
+
+def _widths(types: dict[str, TypeProto]) -> set[int]:
+    """The fixed last dimensions (B, S, D); exporters write them as numbers or as numeric strings."""
+    dims = [value.tensor_type.shape.dim for value in types.values()]
+    last = [dim[2] for dim in dims if len(dim) == 3]
+    widths = {dim.dim_value or (int(dim.dim_param) if dim.dim_param.isdigit() else 0) for dim in last}
+    return widths - {0}
 
 
 def _recorded_types(model: ModelProto, tensors: list[str]) -> dict[str, TypeProto]:
@@ -300,20 +382,6 @@ def _recorded_types(model: ModelProto, tensors: list[str]) -> dict[str, TypeProt
         and value.type.tensor_type.elem_type
         and value.type.tensor_type.HasField("shape")
     }
-
-
-def _width(types: dict[str, TypeProto], blocks: tuple[Block, ...]) -> int:
-    """The last dimension of the stream; exporters write it as a number or as a numeric string."""
-    widths = set()
-    for value in types.values():
-        dims = value.tensor_type.shape.dim
-        if len(dims) == 3:
-            widths.add(dims[2].dim_value or (int(dims[2].dim_param) if dims[2].dim_param.isdigit() else 0))
-    if len(widths) != 1 or 0 in widths:
-        raise SiteNotFoundError(
-            f"the width of the residual stream at {blocks[0].output!r} is not a fixed number"
-        )
-    return widths.pop()
 
 
 def _nearest(index: GraphIndex, upstream: int) -> str:

@@ -1,0 +1,62 @@
+"""A checkpoint directory seen from outside: its configuration, identity and size. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from calibration.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BLOCK_BYTES = 1 << 22
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a checkpoint. Raises `InputError` when it is missing or holds no object."""
+    if not folder.is_dir():
+        raise InputError(f"model {folder}: no such directory; expected a checkpoint saved by save_pretrained")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"model {folder}: config.json cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"model {folder}: config.json is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"model {folder}: config.json holds no object")
+    return config
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex sha256 over the configuration and the weight files of a checkpoint, by name and content."""
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *_weight_files(folder)]:
+        with file.open("rb") as opened:
+            digest.update(f"{file.name}\0".encode())
+            while block := opened.read(BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def parameter_count(folder: Path) -> int:
+    """How many parameters the weight files hold, read from their headers."""
+    count = 0
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                count += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"model {folder}: {file.name} cannot be read ({error})") from error
+    return count
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"model {folder}: no .safetensors weights in it")
+    return files

@@ -1,0 +1,50 @@
+"""How far an engine may be from eager PyTorch: a table by backend and precision; each row says why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calibration.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one backend and precision.
+
+    `max_abs` bounds |engine − oracle| relative to the oracle's largest magnitude in the same output;
+    `cosine`, `effect_cosine` are least values; `kl` is nats, the most over rows; `top1` the least share of
+    rows whose best token agrees, ties aside; `effect_ratio` the most the norm ratio may differ from 1.
+    """
+
+    max_abs: float
+    cosine: float
+    kl: float
+    top1: float
+    effect_cosine: float
+    effect_ratio: float
+    source: str
+
+
+LIMITS: dict[tuple[str, str], Limits] = {
+    ("onnxruntime-cpu", "float32"): Limits(
+        max_abs=1e-4,
+        cosine=0.999999,
+        kl=1e-6,
+        top1=1.0,
+        effect_cosine=0.9999,
+        effect_ratio=1e-3,
+        source=(
+            "Both sides are float32 and differ in the order of sums alone: 2e-6 relative was measured on "
+            "the pocket LALM. 1e-4 leaves room for 32 blocks of width 4096; the effect limits are those of the method"
+        ),
+    ),
+}
+
+
+def limits_for(backend: str, precision: str) -> Limits:
+    """The limits of a backend and precision. Raises `UnsupportedError` for a pair that has none."""
+    limits = LIMITS.get((backend, precision))
+    if limits is None:
+        known = ", ".join(f"{backend}/{precision}" for backend, precision in LIMITS)
+        raise UnsupportedError(f"no parity limits for {backend}/{precision}; there are limits for {known}")
+    return limits

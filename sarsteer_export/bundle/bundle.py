@@ -1,0 +1,229 @@
+"""Run a bundle: spoken requests in, answers out, from ONNX files alone.
+
+Dimensions: B requests, S tokens of a step, T past and present, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration.errors import InputError
+from calibration.plan import SteeringPlan
+from calibration.requests import load_audio
+from engines.onnxruntime_runner import CPU, OnnxRuntimeDecoder, OnnxRuntimeRunner
+from sarsteer_export.bundle.frontend import Frontend
+from sarsteer_export.bundle.manifest import (
+    AUDIO_ENCODER,
+    EMBED_TOKENS,
+    PLAN,
+    STEERED_DECODER,
+    UNSTEERED_DECODER,
+    Manifest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    Clip = str | Path | NDArray[np.float32] | None
+
+REPLACEMENT = "\ufffd"
+"""What a decoder of bytes prints for a character that is not finished yet."""
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """A left-padded batch: embeddings (B, S, D) and attention mask (B, S)."""
+
+    embeds: NDArray[np.float32]
+    mask: NDArray[np.int64]
+
+
+class Bundle:
+    """An open bundle. Close it, or use it in a `with` block, to free its sessions."""
+
+    def __init__(self, path: str | Path, *, providers: Sequence[str] = CPU) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.read(self.path)
+        self.frontend = Frontend(self.path)
+        self._providers = tuple(providers)
+        self._sessions = ExitStack()
+        self._runners: dict[Path, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free every session; the bundle opens them again when it is used."""
+        self._runners.clear()
+        self._sessions.close()
+
+    @property
+    def plan(self) -> SteeringPlan:
+        """The plan that is baked into the steered decoder."""
+        return SteeringPlan.load(self.path / PLAN)
+
+    @property
+    def has_unsteered(self) -> bool:
+        """Whether the bundle also holds the unsteered decoder."""
+        return (self.path / UNSTEERED_DECODER).is_file()
+
+    def generate(self, audio: Clip, text: str, *, max_new_tokens: int = 128, steering: bool = True) -> str:
+        """Answer one request greedily.
+
+        `audio`: a file, samples (n,) float32 at the model's rate, or None for text alone. Raises `InputError`
+        for bad audio, or when the unsteered decoder is asked for and the bundle does not hold it.
+        """
+        return self.generate_batch([audio], [text], max_new_tokens=max_new_tokens, steering=steering)[0]
+
+    def generate_batch(
+        self,
+        audios: Sequence[Clip],
+        texts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        steering: bool = True,
+    ) -> list[str]:
+        """Answer a batch of requests greedily; a row's answer is the one it gets alone."""
+        if len(audios) != len(texts):
+            raise InputError(
+                f"{len(audios)} clips for {len(texts)} texts; expected one clip (or None) per text"
+            )
+        rows: list[list[int]] = [[] for _ in texts]
+        for tokens in self._tokens(audios, texts, max_new_tokens=max_new_tokens, steering=steering):
+            for row, token in zip(rows, tokens, strict=True):
+                if token is not None:
+                    row.append(token)
+        return [self.frontend.tokenizer.decode(row) for row in rows]
+
+    def stream(
+        self, audio: Clip, text: str, *, max_new_tokens: int = 128, steering: bool = True
+    ) -> Iterator[str]:
+        """Answer one request piece by piece; the pieces joined are what `generate` returns."""
+        ids: list[int] = []
+        shown = ""
+        for (token,) in self._tokens([audio], [text], max_new_tokens=max_new_tokens, steering=steering):
+            if token is None:
+                continue
+            ids.append(token)
+            decoded = self.frontend.tokenizer.decode(ids)
+            if decoded.startswith(shown) and not decoded.endswith(REPLACEMENT):
+                yield decoded[len(shown) :]
+                shown = decoded
+        rest = self.frontend.tokenizer.decode(ids)[len(shown) :]
+        if rest:
+            yield rest
+
+    def _tokens(
+        self, clips: Sequence[Clip], texts: Sequence[str], *, max_new_tokens: int, steering: bool
+    ) -> Iterator[list[int | None]]:
+        """Greedy tokens step by step, one per row; None for a row that has ended."""
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        ends = set(self.manifest.tokens["end"])
+        decoder = self._decoder(steering=steering)
+        prompts = self._prompts(clips, texts)
+        embeds, mask = prompts.embeds, prompts.mask
+        done = np.zeros(len(texts), dtype=bool)
+        decoder.reset()
+        for _ in range(max_new_tokens):
+            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -embeds.shape[1] :]
+            outputs = decoder.step(
+                {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+            )
+            tokens = outputs["logits"][:, -1].argmax(axis=-1)
+            done |= np.isin(tokens, list(ends))
+            if done.all():
+                return
+            yield [None if ended else int(token) for ended, token in zip(done, tokens, strict=True)]
+            embeds = self._embed(tokens[:, None])
+            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+
+    def _prompts(self, clips: Sequence[Clip], texts: Sequence[str]) -> _Prompts:
+        samples = [None if clip is None else self._samples(clip) for clip in clips]
+        spoken = iter(self._encode_audio([clip for clip in samples if clip is not None]))
+        audio_token = int(self.manifest.tokens["audio"])
+        rows = []
+        for clip, text in zip(samples, texts, strict=True):
+            ids = self.frontend.tokenizer.encode(
+                self.frontend.prompt(text, spoken=clip is not None), add_special_tokens=False
+            ).ids
+            embeds_SD = self._embed(np.array([ids], dtype=np.int64))[0]
+            places = [position for position, token in enumerate(ids) if token == audio_token]
+            if len(places) != (clip is not None):
+                raise InputError("the text itself holds the audio token; remove it")
+            for place in places:
+                embeds_SD = np.concatenate([embeds_SD[:place], next(spoken), embeds_SD[place + 1 :]])
+            rows.append(embeds_SD)
+        longest = max(len(row) for row in rows)
+        mask = np.zeros((len(rows), longest), dtype=np.int64)
+        embeds = np.zeros((len(rows), longest, rows[0].shape[1]), dtype=rows[0].dtype)
+        for number, row in enumerate(rows):
+            mask[number, longest - len(row) :] = 1
+            embeds[number, longest - len(row) :] = row
+        return _Prompts(embeds, mask)
+
+    def _samples(self, clip: str | Path | NDArray[np.float32]) -> NDArray[np.float32]:
+        if isinstance(clip, (str, Path)):
+            return load_audio(
+                clip, sampling_rate=self.frontend.sampling_rate, max_seconds=self.frontend.max_audio_seconds
+            )
+        if clip.ndim != 1:
+            raise InputError(f"the clip has shape {clip.shape}; expected mono samples (n,)")
+        return np.asarray(clip, dtype=np.float32)
+
+    def _encode_audio(self, clips: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """Audio embeddings (n, D) of every clip."""
+        if not clips:
+            return []
+        runner = self._runner(AUDIO_ENCODER, OnnxRuntimeRunner)
+        features, mask = self.frontend.features(clips)
+        outputs = runner.run(
+            {
+                "input_features": features.astype(runner.inputs[0].dtype),
+                "feature_attention_mask": mask,
+            }
+        )
+        lengths = outputs["audio_feature_lengths"]
+        if (short := int(lengths.min())) < 1:
+            raise InputError(f"a clip is too short: the audio encoder makes {max(short, 0)} embeddings of it")
+        return [row[:length] for row, length in zip(outputs["audio_features"], lengths, strict=True)]
+
+    def _embed(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+        return np.asarray(
+            self._runner(EMBED_TOKENS, OnnxRuntimeRunner).run({"input_ids": ids})["inputs_embeds"]
+        )
+
+    def _decoder(self, *, steering: bool) -> OnnxRuntimeDecoder:
+        if not steering and not self.has_unsteered:
+            raise InputError(
+                f"{self.path}: the bundle holds no unsteered decoder; build it with --keep-unsteered"
+            )
+        decoder: OnnxRuntimeDecoder = self._runner(
+            STEERED_DECODER if steering else UNSTEERED_DECODER, OnnxRuntimeDecoder
+        )
+        return decoder
+
+    def _runner(self, file: Path, kind: type[OnnxRuntimeRunner]) -> Any:
+        if file not in self._runners:
+            runner = kind(self.path / file, providers=self._providers)
+            self._runners[file] = self._sessions.enter_context(runner)
+        return self._runners[file]
+
+
+def load_bundle(path: str | Path, *, providers: Sequence[str] = CPU) -> Bundle:
+    """Open a bundle folder; imports no torch.
+
+    Raises `InputError` when the folder is no bundle or is incomplete.
+    """
+    return Bundle(path, providers=providers)

@@ -1,0 +1,119 @@
+"""The manifest of a bundle: what is in it, made by what, from what, and whether it was proven.
+
+This module and its neighbours run in production: they import neither torch nor a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibration.errors import InputError
+
+FORMAT = "sarsteer-bundle"
+VERSION = 1
+MANIFEST = "manifest.json"
+ONNX_FOLDER = Path("onnx")
+STEERED_DECODER = ONNX_FOLDER / "decoder_model_merged.onnx"
+UNSTEERED_DECODER = ONNX_FOLDER / "decoder_model_merged_unsteered.onnx"
+AUDIO_ENCODER = ONNX_FOLDER / "audio_encoder.onnx"
+EMBED_TOKENS = ONNX_FOLDER / "embed_tokens.onnx"
+PLAN = Path("steering/plan.safetensors")
+PARITY_REPORT = Path("reports/parity.json")
+PARITY_PAGE = Path("reports/parity.html")
+BEHAVIOUR_REPORT = Path("reports/behaviour.json")
+CHAT_TEMPLATE = Path("chat_template.jinja")
+PROCESSOR = Path("processor_config.json")
+TOKENIZER = Path("tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds.
+
+    `model`: class, fingerprint, dtype. `tokens`: audio token, end-of-answer and padding ids. `graphs`: inputs
+    and outputs of every ONNX file. `edits`: per edit of the plan its anchor, nodes and constants. `stages`:
+    content keys by which a second build reuses work. `files`: size and sha256 of everything else.
+    """
+
+    versions: dict[str, str]
+    model: dict[str, Any]
+    tokens: dict[str, Any]
+    graphs: dict[str, Any]
+    plan_sha256: str
+    edits: list[dict[str, Any]]
+    parity: dict[str, Any]
+    stages: dict[str, str]
+    files: dict[str, dict[str, Any]]
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into a bundle folder."""
+        content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        (folder / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check the manifest of a bundle folder.
+
+        Raises `InputError` when it is missing, malformed, of another version, or names a file that is
+        missing or of another size.
+        """
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"{folder}: not a bundle; {MANIFEST} cannot be read ({error.strerror})"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON ({error})") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f"{path}: not the manifest of a bundle; expected format {FORMAT!r}")
+        if content.get("version") != VERSION:
+            raise InputError(
+                f"{path}: version {content.get('version')!r}; this release reads version {VERSION}"
+            )
+        names = [field.name for field in dataclasses.fields(cls)]
+        if missing := [name for name in names if name not in content]:
+            raise InputError(f"{path}: lacks {', '.join(missing)}")
+        manifest = cls(**{name: content[name] for name in names})
+        manifest._check_files(folder)
+        return manifest
+
+    def check_hashes(self, folder: Path) -> None:
+        """Raise `InputError` naming a file whose content is not what the manifest says."""
+        for name, entry in self.files.items():
+            if file_sha256(folder / name) != entry["sha256"]:
+                raise InputError(f"{folder / name}: its sha256 is not the manifest's; the bundle was altered")
+
+    def _check_files(self, folder: Path) -> None:
+        for name, entry in self.files.items():
+            file = folder / name
+            if not file.is_file():
+                raise InputError(f"{folder}: the bundle is incomplete; {name} is missing")
+            if file.stat().st_size != entry["bytes"]:
+                raise InputError(
+                    f"{file}: has {file.stat().st_size} bytes; the manifest says {entry['bytes']}"
+                )
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file in a bundle folder but the manifest, by relative path."""
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while chunk := opened.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Export: from a loaded model to ONNX components with a fixed interface."""

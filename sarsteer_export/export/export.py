@@ -1,0 +1,161 @@
+"""Export a model's decoder, audio encoder and token embedding through transformers' own ONNX exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from transformers import DynamicCache
+from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.exporter_onnx import OnnxExporter
+
+from calibration.errors import InputError, UnsupportedError
+from calibration.lalm import Lalm, load_lalm
+from graph_passes.patch import FINGERPRINT_KEY
+from sarsteer_export.export.components import AudioEncoderComponent, DecoderComponent, EmbedTokensComponent
+from sarsteer_export.export.contract import name_audio_encoder, name_decoder, name_embed_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+OPSET = 20
+DECODER = "decoder_model_merged"
+AUDIO_ENCODER = "audio_encoder"
+EMBED_TOKENS = "embed_tokens"
+STACK_TRACE_KEY = "pkg.torch.onnx.stack_trace"
+"""Node metadata with source paths of the exporting machine: half of a graph's size, of use to nobody."""
+SAMPLE_BATCH, SAMPLE_PAST, SAMPLE_SEQUENCE = 2, 3, 4
+"""Sizes to trace with: distinct and above 1, so that no dimension is taken for a constant."""
+
+
+@dataclass(frozen=True)
+class ExportedComponents:
+    """Paths of the ONNX files of one export; weights lie beside each in `<name>.onnx_data`."""
+
+    decoder: Path
+    audio_encoder: Path
+    embed_tokens: Path
+
+    @classmethod
+    def within(cls, folder: Path) -> ExportedComponents:
+        """The components as `export` lays them out in a folder."""
+        return cls(*(folder / f"{name}.onnx" for name in (DECODER, AUDIO_ENCODER, EMBED_TOKENS)))
+
+
+def export(
+    model: str | Path | Lalm, output: str | Path, *, device: str = "cpu", dtype: str = "float32"
+) -> ExportedComponents:
+    """Export the unsteered model to `output`: one decoder graph for prefill and decode, encoder, embedding.
+
+    `output` must be an empty or new directory. Raises `UnsupportedError` for a model whose parts cannot be
+    found or traced.
+    """
+    lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
+    folder = Path(output)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: exists and is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    components = ExportedComponents.within(folder)
+    _write(lalm, _trace_decoder(lalm), components.decoder)
+    _write(lalm, _trace_audio_encoder(lalm), components.audio_encoder)
+    _write(lalm, _trace_embed_tokens(lalm), components.embed_tokens)
+    return components
+
+
+def sample_cache(config: Any, batch: int, past: int, *, like: torch.Tensor) -> DynamicCache:
+    """A KV cache of `past` random positions, for tracing; keys and values (B, H, P, W)."""
+    heads = config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        keys, values = (torch.randn(batch, heads, past, width).to(like) for _ in range(2))
+        cache.update(keys, values, layer)
+    return cache
+
+
+def _trace_decoder(lalm: Lalm) -> ir.Model:
+    component = DecoderComponent(lalm.model)
+    width = lalm.parts.hidden_size
+    embeds = torch.randn(SAMPLE_BATCH, SAMPLE_SEQUENCE, width).to(lalm.model.device, lalm.model.dtype)
+    total = SAMPLE_PAST + SAMPLE_SEQUENCE
+    device = lalm.model.device
+    inputs = {
+        "inputs_embeds": embeds,
+        "attention_mask": torch.ones(SAMPLE_BATCH, total, dtype=torch.long, device=device),
+        "position_ids": torch.arange(SAMPLE_PAST, total, device=device).repeat(SAMPLE_BATCH, 1),
+        "past_key_values": sample_cache(component.config, SAMPLE_BATCH, SAMPLE_PAST, like=embeds),
+    }
+    traced = _trace(component, inputs)
+    name_decoder(traced, len(lalm.parts.blocks))
+    return traced
+
+
+def _trace_audio_encoder(lalm: Lalm) -> ir.Model:
+    extractor = lalm.processor.feature_extractor
+    frames = int(extractor.nb_max_frames)
+    features = torch.randn(SAMPLE_BATCH, int(extractor.feature_size), frames)
+    mask = torch.ones(SAMPLE_BATCH, frames, dtype=torch.long, device=lalm.model.device)
+    mask[1, frames // 2 :] = 0
+    inputs = {
+        "input_features": features.to(lalm.model.device, lalm.model.dtype),
+        "feature_attention_mask": mask,
+    }
+    traced = _trace(AudioEncoderComponent(lalm.model), inputs)
+    name_audio_encoder(traced)
+    return traced
+
+
+def _trace_embed_tokens(lalm: Lalm) -> ir.Model:
+    ids = torch.arange(SAMPLE_BATCH * SAMPLE_SEQUENCE, device=lalm.model.device)
+    traced = _trace(EmbedTokensComponent(lalm.model), {"input_ids": ids.view(SAMPLE_BATCH, SAMPLE_SEQUENCE)})
+    name_embed_tokens(traced)
+    return traced
+
+
+def _trace(component: nn.Module, inputs: dict[str, Any]) -> ir.Model:
+    with _quiet(), torch.no_grad():
+        try:
+            exporter: Any = OnnxExporter()
+            exported = exporter.export(
+                component.eval(), inputs, OnnxConfig(dynamic=True, opset_version=OPSET)
+            )
+        except (RuntimeError, ValueError, TypeError, torch.onnx.errors.OnnxExporterError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UnsupportedError(
+                f"{type(component).__name__}: cannot be exported to ONNX ({reason})"
+            ) from error
+    program: ir.Model = exported.program
+    return program
+
+
+def _write(lalm: Lalm, model: ir.Model, path: Path) -> None:
+    model.metadata_props[FINGERPRINT_KEY] = lalm.fingerprint
+    for node in model.graph:
+        node.metadata_props.pop(STACK_TRACE_KEY, None)
+    data = path.with_name(f"{path.name}_data")
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=1024)
+    for file in (path, data):
+        if file.exists():
+            file.chmod(0o644)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' progress prints, version notes and deprecation warnings out of our output."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

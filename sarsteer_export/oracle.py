@@ -1,0 +1,193 @@
+"""The oracle of parity: the eager model, plain and steered, run on teacher-forced scripts.
+
+Dimensions: B batch, S sequence of a step, T past and present, D width.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from calibration.lalm import DecoderParts, Lalm, encode_requests, position_ids
+from calibration.requests import SpokenRequest, load_audio
+from calibration.steered import steered
+from engines.parity import Pair
+from engines.trace import LOGITS, Script, Trace
+from sarsteer_export.export.components import DecoderComponent
+from sarsteer_export.export.contract import cache_output_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy as np
+
+    from calibration.plan import SteeringPlan
+    from graph_passes.residual_stream import ResidualStream
+
+
+class Padding(str, Enum):
+    """On which side the prompts of a batch are padded to one length."""
+
+    LEFT = "left"
+    RIGHT = "right"
+
+
+@dataclass(frozen=True)
+class OracleCase:
+    """A script and what the eager model computes on it, unsteered and steered."""
+
+    script: Script
+    traces: Pair
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """Merged prompt embeddings (B, S, D) and mask (B, S)."""
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+
+
+def oracle_case(
+    lalm: Lalm,
+    plan: SteeringPlan,
+    requests: Sequence[SpokenRequest],
+    *,
+    padding: Padding,
+    decode_steps: int,
+    stream: ResidualStream | None = None,
+) -> OracleCase:
+    """Run the eager model on B requests: a prefill, then decode steps fed with the steered model's tokens.
+
+    With `stream` the traces also hold every block's output, under the names of the graph's tensors.
+    """
+    prefill = _prefill(lalm, requests, padding)
+    tensors = None if stream is None else [block.output for block in stream.blocks]
+    script, edited = _greedy(lalm, plan, prefill, decode_steps, tensors, f"{padding.value} padding")
+    baseline = _replay(lalm, None, script, tensors)
+    return OracleCase(script, Pair(baseline=baseline, edited=edited))
+
+
+def _prefill(lalm: Lalm, requests: Sequence[SpokenRequest], padding: Padding) -> _Prefill:
+    audios = [
+        load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
+        for request in requests
+    ]
+    inputs = encode_requests(lalm, [request.text for request in requests], audios)
+    captured: dict[str, torch.Tensor] = {}
+
+    def capture(_decoder: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        captured["embeds"] = kwargs["inputs_embeds"]
+
+    handle = lalm.parts.decoder.register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        with torch.inference_mode():
+            lalm.model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    embeds, mask = captured["embeds"], inputs["attention_mask"]
+    if padding is Padding.RIGHT:  # the same rows, their attended part moved to the front
+        lengths = mask.sum(dim=1)
+        embeds = torch.stack([row.roll(int(n), dims=0) for row, n in zip(embeds, lengths, strict=True)])
+        mask = torch.stack([row.roll(int(n), dims=0) for row, n in zip(mask, lengths, strict=True)])
+    return _Prefill(embeds, mask)
+
+
+def _greedy(
+    lalm: Lalm, plan: SteeringPlan, prefill: _Prefill, decode_steps: int, tensors: list[str] | None, name: str
+) -> tuple[Script, Trace]:
+    """Roll the steered model out greedily; the steps it took become the script."""
+    accessors: Any = lalm.model
+    embed_tokens = accessors.get_input_embeddings()
+    embeds, mask = prefill.embeds, prefill.mask
+    feeds, sequences = [], []
+    with torch.inference_mode(), _EagerDecoder(lalm, plan, tensors) as decoder:
+        for step in range(1 + decode_steps):
+            sequence = embeds.shape[1]
+            feed = {
+                "inputs_embeds": embeds,
+                "attention_mask": mask,
+                "position_ids": position_ids(mask)[:, -sequence:],
+            }
+            outputs = decoder.step(feed)
+            feeds.append({key: value.cpu().numpy() for key, value in feed.items()})
+            sequences.append(sequence)
+            if step < decode_steps:
+                last = (mask[:, -sequence:] * torch.arange(sequence, device=mask.device)).argmax(dim=1)
+                tokens = torch.from_numpy(outputs[LOGITS])[torch.arange(len(last)), last.cpu()].argmax(dim=-1)
+                embeds = embed_tokens(tokens[:, None].to(mask.device))
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        return Script(name, tuple(feeds), tuple(sequences)), decoder.trace()
+
+
+def _replay(lalm: Lalm, plan: SteeringPlan | None, script: Script, tensors: list[str] | None) -> Trace:
+    with torch.inference_mode(), _EagerDecoder(lalm, plan, tensors) as decoder:
+        for feeds in script.steps:
+            decoder.step({key: torch.from_numpy(value).to(lalm.model.device) for key, value in feeds.items()})
+        return decoder.trace()
+
+
+class _EagerDecoder:
+    """The model's decoder in eager PyTorch, steered or not, with its cache; steps are recorded."""
+
+    def __init__(self, lalm: Lalm, plan: SteeringPlan | None, tensors: list[str] | None) -> None:
+        self._lalm, self._plan, self._tensors = lalm, plan, tensors
+        self._component = DecoderComponent(lalm.model)
+        self._cache = DynamicCache()
+        self._steps: list[dict[str, np.ndarray[Any, Any]]] = []
+        self._stack = ExitStack()
+        self._stream: dict[int, torch.Tensor] = {}
+
+    def __enter__(self) -> _EagerDecoder:
+        self._stack.enter_context(
+            steered(self._lalm.model, self._plan) if self._plan is not None else nullcontext()
+        )
+        # Entered after the steering hooks, so that it sees what they made of the stream.
+        self._stream = self._stack.enter_context(_recorded_stream(self._lalm.parts))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def step(self, feeds: dict[str, torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+        logits, self._cache = self._component(**feeds, past_key_values=self._cache)
+        outputs = {LOGITS: logits.cpu().numpy()}
+        for layer, name in enumerate(self._tensors or ()):
+            outputs[name] = self._stream[layer].cpu().numpy()
+        self._steps.append(outputs)
+        return outputs
+
+    def trace(self) -> Trace:
+        layers: list[Any] = self._cache.layers
+        names = cache_output_names(len(layers))
+        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        cache = {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return Trace(tuple(self._steps), cache)
+
+
+@contextmanager
+def _recorded_stream(parts: DecoderParts) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the block: what is read behind each decoder block, by block; all edits there included."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def record(layer: int) -> Any:
+        def hook(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            seen[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    readers = [*parts.blocks[1:], parts.final_norm]
+    handles = [
+        reader.register_forward_pre_hook(record(layer), with_kwargs=True)
+        for layer, reader in enumerate(readers)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
