@@ -81,8 +81,6 @@ def copy_external_data(model: ModelProto, source: Path, target: Path) -> None:
         return
     for file in external_files(model):
         destination = target / file.location
-        if destination.exists():
-            raise InputError(f"{destination}: exists; the graph's external data would overwrite it")
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / file.location, destination)
 

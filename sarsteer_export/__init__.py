@@ -1,1 +1,70 @@
-"""sarsteer-export."""
+"""Bake SARSteer activation steering into ONNX decoders of Large Audio-Language Models, and prove it.
+
+The public API is what this module names. Importing it imports neither torch nor a runtime; each name loads
+its module on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calibration.calibrate import CalibrationSettings, calibrate
+    from calibration.directions import SteeringSettings
+    from calibration.errors import SarsteerError
+    from calibration.plan import Add, Positions, Project, Site, SteeringPlan
+    from calibration.steered import steered
+    from sarsteer_export.bundle.bundle import Bundle, load_bundle
+    from sarsteer_export.exporting.export import export
+    from sarsteer_export.patching import patch
+    from sarsteer_export.pipeline import BuildSettings, build
+    from sarsteer_export.verification import ParitySettings, verify
+
+_HOMES = {
+    "Add": "calibration.plan",
+    "BuildSettings": "sarsteer_export.pipeline",
+    "Bundle": "sarsteer_export.bundle.bundle",
+    "CalibrationSettings": "calibration.calibrate",
+    "ParitySettings": "sarsteer_export.verification",
+    "Positions": "calibration.plan",
+    "Project": "calibration.plan",
+    "SarsteerError": "calibration.errors",
+    "Site": "calibration.plan",
+    "SteeringPlan": "calibration.plan",
+    "SteeringSettings": "calibration.directions",
+    "build": "sarsteer_export.pipeline",
+    "calibrate": "calibration.calibrate",
+    "export": "sarsteer_export.exporting.export",
+    "load_bundle": "sarsteer_export.bundle.bundle",
+    "patch": "sarsteer_export.patching",
+    "steered": "calibration.steered",
+    "verify": "sarsteer_export.verification",
+}
+
+__all__ = [
+    "Add",
+    "BuildSettings",
+    "Bundle",
+    "CalibrationSettings",
+    "ParitySettings",
+    "Positions",
+    "Project",
+    "SarsteerError",
+    "Site",
+    "SteeringPlan",
+    "SteeringSettings",
+    "build",
+    "calibrate",
+    "export",
+    "load_bundle",
+    "patch",
+    "steered",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -18,8 +18,8 @@ from calibration.requests import SpokenRequest, load_audio
 from calibration.steered import steered
 from engines.parity import Pair
 from engines.trace import LOGITS, Script, Trace
-from sarsteer_export.export.components import DecoderComponent
-from sarsteer_export.export.contract import cache_output_names
+from sarsteer_export.exporting.components import DecoderComponent
+from sarsteer_export.exporting.contract import cache_output_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -73,7 +73,12 @@ def oracle_case(
     return OracleCase(script, Pair(baseline=baseline, edited=edited))
 
 
-def _prefill(lalm: Lalm, requests: Sequence[SpokenRequest], padding: Padding) -> _Prefill:
+def prompt_embeddings(lalm: Lalm, requests: Sequence[SpokenRequest]) -> torch.Tensor:
+    """What the eager model's decoder reads for B requests: merged embeddings (B, S, D), left-padded."""
+    return _left_padded(lalm, requests).embeds
+
+
+def _left_padded(lalm: Lalm, requests: Sequence[SpokenRequest]) -> _Prefill:
     audios = [
         load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
         for request in requests
@@ -90,11 +95,18 @@ def _prefill(lalm: Lalm, requests: Sequence[SpokenRequest], padding: Padding) ->
             lalm.model(**inputs, use_cache=False)
     finally:
         handle.remove()
-    embeds, mask = captured["embeds"], inputs["attention_mask"]
-    if padding is Padding.RIGHT:  # the same rows, their attended part moved to the front
-        lengths = mask.sum(dim=1)
-        embeds = torch.stack([row.roll(int(n), dims=0) for row, n in zip(embeds, lengths, strict=True)])
-        mask = torch.stack([row.roll(int(n), dims=0) for row, n in zip(mask, lengths, strict=True)])
+    return _Prefill(captured["embeds"], inputs["attention_mask"])
+
+
+def _prefill(lalm: Lalm, requests: Sequence[SpokenRequest], padding: Padding) -> _Prefill:
+    left = _left_padded(lalm, requests)
+    if padding is Padding.LEFT:
+        return left
+    lengths = [int(length) for length in left.mask.sum(dim=1)]  # the same rows, their attended part in front
+    embeds, mask = (
+        torch.stack([row.roll(length, dims=0) for row, length in zip(tensor, lengths, strict=True)])
+        for tensor in (left.embeds, left.mask)
+    )
     return _Prefill(embeds, mask)
 
 

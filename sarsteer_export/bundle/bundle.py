@@ -39,7 +39,7 @@ REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
-class _Prompts:
+class Prompts:
     """A left-padded batch: embeddings (B, S, D) and attention mask (B, S)."""
 
     embeds: NDArray[np.float32]
@@ -132,7 +132,7 @@ class Bundle:
             raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         ends = set(self.manifest.tokens["end"])
         decoder = self._decoder(steering=steering)
-        prompts = self._prompts(clips, texts)
+        prompts = self.prompts(clips, texts)
         embeds, mask = prompts.embeds, prompts.mask
         done = np.zeros(len(texts), dtype=bool)
         decoder.reset()
@@ -149,7 +149,8 @@ class Bundle:
             embeds = self._embed(tokens[:, None])
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
 
-    def _prompts(self, clips: Sequence[Clip], texts: Sequence[str]) -> _Prompts:
+    def prompts(self, clips: Sequence[Clip], texts: Sequence[str]) -> Prompts:
+        """Embed and left-pad a batch of requests."""
         samples = [None if clip is None else self._samples(clip) for clip in clips]
         spoken = iter(self._encode_audio([clip for clip in samples if clip is not None]))
         audio_token = int(self.manifest.tokens["audio"])
@@ -171,7 +172,7 @@ class Bundle:
         for number, row in enumerate(rows):
             mask[number, longest - len(row) :] = 1
             embeds[number, longest - len(row) :] = row
-        return _Prompts(embeds, mask)
+        return Prompts(embeds, mask)
 
     def _samples(self, clip: str | Path | NDArray[np.float32]) -> NDArray[np.float32]:
         if isinstance(clip, (str, Path)):

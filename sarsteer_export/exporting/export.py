@@ -19,8 +19,8 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, load_lalm
 from graph_passes.patch import FINGERPRINT_KEY
-from sarsteer_export.export.components import AudioEncoderComponent, DecoderComponent, EmbedTokensComponent
-from sarsteer_export.export.contract import name_audio_encoder, name_decoder, name_embed_tokens
+from sarsteer_export.exporting.components import AudioEncoderComponent, DecoderComponent, EmbedTokensComponent
+from sarsteer_export.exporting.contract import name_audio_encoder, name_decoder, name_embed_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,10 +124,9 @@ def _trace_embed_tokens(lalm: Lalm) -> ir.Model:
 def _trace(component: nn.Module, inputs: dict[str, Any]) -> ir.Model:
     with _quiet(), torch.no_grad():
         try:
-            exporter: Any = OnnxExporter()
-            exported = exporter.export(
-                component.eval(), inputs, OnnxConfig(dynamic=True, opset_version=OPSET)
-            )
+            make_exporter: Any = OnnxExporter
+            config = OnnxConfig(dynamic=True, opset_version=OPSET)
+            exported = make_exporter().export(component.eval(), inputs, config)
         except (RuntimeError, ValueError, TypeError, torch.onnx.errors.OnnxExporterError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UnsupportedError(

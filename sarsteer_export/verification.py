@@ -1,0 +1,297 @@
+"""Parity of exported and steered decoders against the eager model: prepare the oracle, run the engine, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from calibration.errors import InputError, ParityError
+from calibration.lalm import Lalm, encode_requests, load_lalm
+from calibration.plan import Add, SteeringPlan, check_plan_fits
+from calibration.requests import SpokenRequest, load_audio, read_requests
+from engines.limits import limits_for
+from engines.onnxruntime_runner import OnnxRuntimeDecoder
+from engines.parity import Measurement, Pair, agreement, compare_case
+from engines.report import ParityReport
+from engines.trace import LOGITS, Script, Trace, record
+from graph_passes.onnx_file import read_graph
+from graph_passes.patch import patch_model
+from graph_passes.probe import expose_block_outputs
+from graph_passes.residual_stream import ResidualStream, find_residual_stream
+from sarsteer_export.bundle.bundle import Bundle
+from sarsteer_export.bundle.manifest import STEERED_DECODER, UNSTEERED_DECODER
+from sarsteer_export.controls import wrong_plans
+from sarsteer_export.exporting.export import export
+from sarsteer_export.oracle import OracleCase, Padding, oracle_case, prompt_embeddings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from onnx import ModelProto
+
+    from calibration.states import Progress
+
+FEATURES_LIMIT = 1e-3
+"""Largest difference of log-mel features: torch's STFT is float32, the bundle's is float64 (2e-4 was seen)."""
+
+
+EMBEDDINGS_LIMIT = 1e-3
+"""Largest relative difference of prompt embeddings: what the features' difference makes of them."""
+
+
+@dataclass(frozen=True)
+class ParitySettings:
+    """How parity is run: `prompts` per batch, `decode_steps` after the prefill, `blocks` compares block outputs."""
+
+    prompts: int = 4
+    decode_steps: int = 8
+    blocks: bool = True
+    backend: str = "onnxruntime-cpu"
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "decode_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class VerifiedExport:
+    """An unsteered decoder that was found to agree with the eager model, and what that was found with."""
+
+    unsteered: ModelProto
+    data_folder: Path
+    stream: ResidualStream
+    cases: tuple[OracleCase, ...]
+    baselines: tuple[Trace, ...]
+
+
+def verify(
+    bundle: str | Path,
+    model: str | Path | Lalm,
+    requests: str | Path,
+    settings: ParitySettings | None = None,
+    *,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Run parity again from a bundle, the checkpoint it was made from and a JSON Lines file of requests.
+
+    Returns the report whatever its verdict. Raises `InputError` when the bundle was altered, or made from
+    another checkpoint.
+    """
+    settings = settings or ParitySettings()
+    folder = Path(bundle)
+    chosen = parity_requests(read_requests(requests), count=settings.prompts)
+    with Bundle(folder) as opened:
+        opened.manifest.check_hashes(folder)
+        plan = opened.plan
+        lalm = model if isinstance(model, Lalm) else load_lalm(model, dtype=opened.manifest.model["dtype"])
+        if lalm.fingerprint != opened.manifest.model["fingerprint"]:
+            raise InputError(
+                f"the bundle was made from another checkpoint: its fingerprint is "
+                f"{opened.manifest.model['fingerprint'][:12]}, this one's is {lalm.fingerprint[:12]}"
+            )
+        components = compare_components(lalm, opened, chosen)
+        if opened.has_unsteered:
+            exported = verify_export(lalm, plan, folder / UNSTEERED_DECODER, chosen, settings, progress)
+            return verify_steering(
+                exported, lalm, plan, folder / STEERED_DECODER, settings, components, progress
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            decoder = export(lalm, scratch).decoder
+            exported = verify_export(lalm, plan, decoder, chosen, settings, progress)
+            return verify_steering(
+                exported, lalm, plan, folder / STEERED_DECODER, settings, components, progress
+            )
+
+
+def parity_requests(*groups: Sequence[SpokenRequest], count: int) -> tuple[SpokenRequest, ...]:
+    """`count` requests taken from the groups in turn, first ones first."""
+    turns = [request for turn in zip(*groups, strict=False) for request in turn]
+    rest = [request for group in groups for request in group if request not in turns]
+    return tuple((turns + rest)[:count])
+
+
+def verify_export(
+    lalm: Lalm,
+    plan: SteeringPlan,
+    decoder: Path,
+    requests: Sequence[SpokenRequest],
+    settings: ParitySettings,
+    progress: Progress | None = None,
+) -> VerifiedExport:
+    """Check that an unsteered decoder agrees with the eager model, before anything is patched.
+
+    Raises `ParityError` naming the figures that do not keep their limits.
+    """
+    check_plan_fits(
+        plan,
+        hidden_size=lalm.parts.hidden_size,
+        num_layers=len(lalm.parts.blocks),
+        fingerprint=plan.model_fingerprint,
+    )
+    limits = limits_for(settings.backend, settings.precision)
+    unsteered = read_graph(decoder)
+    stream = find_residual_stream(unsteered)
+    cases, baselines = [], []
+    for number, padding in enumerate(Padding):
+        case = oracle_case(
+            lalm,
+            plan,
+            requests,
+            padding=padding,
+            decode_steps=settings.decode_steps,
+            stream=stream if settings.blocks else None,
+        )
+        trace = _run(unsteered, stream, decoder.parent, case.script, settings)
+        figures = agreement(f"{case.script.name}, export", case.script, case.traces.baseline, trace, limits)
+        if failed := [item for item in figures if not item.passed]:
+            raise ParityError(
+                "the unsteered export does not agree with the eager model: "
+                + "; ".join(
+                    f"{item.what} {item.value:.3g} (limit {item.limit:g}) {item.detail}" for item in failed
+                )
+            )
+        cases.append(case)
+        baselines.append(trace)
+        if progress is not None:
+            progress("parity of the export", number + 1, len(Padding))
+    return VerifiedExport(unsteered, decoder.parent, stream, tuple(cases), tuple(baselines))
+
+
+def verify_steering(
+    exported: VerifiedExport,
+    lalm: Lalm,
+    plan: SteeringPlan,
+    decoder: Path,
+    settings: ParitySettings,
+    components: Sequence[Measurement] = (),
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Compare a steered decoder file with the steered eager model, negative controls included."""
+    limits = limits_for(settings.backend, settings.precision)
+    steered = read_graph(decoder)
+    expect_effect = any(edit.strength for edit in plan.edits)
+    wrong = wrong_plans(plan) if expect_effect else {}
+    results = []
+    for number, (case, baseline) in enumerate(zip(exported.cases, exported.baselines, strict=True)):
+        script = case.script
+        edited = _run(steered, exported.stream, decoder.parent, script, settings)
+        controls = [("unsteered", baseline)] if expect_effect else []
+        for name, wrong_plan in wrong.items():
+            graph = patch_model(exported.unsteered, wrong_plan, force=True).model
+            controls.append((name, _run(graph, exported.stream, exported.data_folder, script, settings)))
+        pair = Pair(baseline=baseline, edited=edited)
+        results.append(compare_case(script, case.traces, pair, limits, controls, expect_effect=expect_effect))
+        if progress is not None:
+            progress("parity of the steering", number + 1, len(exported.cases))
+    return ParityReport(
+        backend=settings.backend,
+        precision=settings.precision,
+        limits_source=limits.source,
+        components=tuple(components),
+        cases=tuple(results),
+        context=_context(lalm, plan, exported, settings),
+    )
+
+
+def compare_components(
+    lalm: Lalm, bundle: Bundle, requests: Sequence[SpokenRequest]
+) -> tuple[Measurement, ...]:
+    """What comes before the decoder: features, and prompt embeddings through encoder, embedding and template."""
+    texts = [request.text for request in requests]
+    clips = [
+        load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
+        for request in requests
+    ]
+    inputs = encode_requests(lalm, texts, clips)
+    features, feature_mask = bundle.frontend.features(clips)
+    wanted, seen = inputs["input_features"].float().cpu().numpy(), features
+    prompts = bundle.prompts(clips, texts)
+    eager = prompt_embeddings(lalm, requests)
+    mask = inputs["attention_mask"].cpu().numpy()
+    same = np.array_equal(mask, prompts.mask) and np.array_equal(
+        inputs["feature_attention_mask"].cpu().numpy(), feature_mask
+    )
+    embeds = eager.float().cpu().numpy()
+    difference = np.abs(embeds - prompts.embeds)[mask != 0].max() if same else np.inf
+    scale = float(np.abs(embeds[mask != 0]).max())
+    case = "before the decoder"
+    return (
+        Measurement(case, "attention masks equal", float(same), 1.0, at_least=True),
+        Measurement(
+            case, "log-mel max abs", float(np.abs(wanted - seen).max()), FEATURES_LIMIT, at_least=False
+        ),
+        Measurement(
+            case,
+            "prompt embeddings max abs, relative",
+            float(difference) / scale,
+            EMBEDDINGS_LIMIT,
+            at_least=False,
+        ),
+    )
+
+
+def _run(
+    graph: ModelProto, stream: ResidualStream, data_folder: Path, script: Script, settings: ParitySettings
+) -> Trace:
+    probed = expose_block_outputs(graph, stream) if settings.blocks else graph
+    with OnnxRuntimeDecoder(probed.SerializeToString(), data_folder=data_folder) as runner:
+        return record(runner, script)
+
+
+def _context(
+    lalm: Lalm, plan: SteeringPlan, exported: VerifiedExport, settings: ParitySettings
+) -> dict[str, Any]:
+    return {
+        "settings": dataclasses.asdict(settings),
+        "plan_sha256": plan.digest(),
+        "model": type(lalm.model).__name__,
+        "model_fingerprint": lalm.fingerprint,
+        "edits": len(plan.edits),
+        "blocks": _norms(plan, exported),
+        "versions": installed_versions(
+            "torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy"
+        ),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _norms(plan: SteeringPlan, exported: VerifiedExport) -> list[dict[str, float | int | None]]:
+    """Per block: mean norm of the unsteered stream at last prompt positions, and norm of what is added there."""
+    case = exported.cases[0]
+    prefill = case.traces.baseline.steps[0]
+    rows: list[dict[str, float | int | None]] = []
+    for block in exported.stream.blocks:
+        hidden = prefill[block.output][:, -1] if block.output in prefill and block.output != LOGITS else None
+        added = [
+            abs(edit.strength) * float(np.linalg.norm(edit.vector))
+            for edit in plan.edits
+            if isinstance(edit, Add) and edit.layer == block.index
+        ]
+        rows.append(
+            {
+                "layer": block.index,
+                "hidden_norm": None if hidden is None else float(np.linalg.norm(hidden, axis=-1).mean()),
+                "edit_norm": sum(added),
+            }
+        )
+    return rows
+
+
+def installed_versions(*packages: str) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

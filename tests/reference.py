@@ -1,0 +1,72 @@
+"""The steering equations written out literally, position by position: what every implementation must equal.
+
+Independent of `calibration.steered` and `graph_passes`: own hooks, own loops, float64 arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from calibration.plan import Add, Edit, Positions, Site, SteeringPlan
+
+
+def edited(hidden_D: torch.Tensor, edit: Edit) -> torch.Tensor:
+    h = hidden_D.double()
+    if isinstance(edit, Add):
+        h = h + edit.strength * torch.tensor(edit.vector).double()
+    else:
+        U = torch.tensor(edit.basis).double()
+        mean = torch.zeros(len(h)).double() if edit.mean is None else torch.tensor(edit.mean).double()
+        h = h - edit.strength * U @ (U.T @ (h - mean))
+    return h.to(hidden_D.dtype)
+
+
+def edit_positions(hidden_BSD: torch.Tensor, edit: Edit, mask_BT: torch.Tensor) -> torch.Tensor:
+    result = hidden_BSD.clone()
+    batch, sequence, _ = hidden_BSD.shape
+    for row in range(batch):
+        attended = [s for s in range(sequence) if mask_BT[row, mask_BT.shape[1] - sequence + s]]
+        chosen = attended[-1:] if edit.positions is Positions.LAST else range(sequence)
+        for position in chosen:
+            result[row, position] = edited(hidden_BSD[row, position], edit)
+    return result
+
+
+@contextmanager
+def literally_steered(
+    blocks: Sequence[torch.nn.Module], final_norm: torch.nn.Module, plan: SteeringPlan, mask_BT: torch.Tensor
+) -> Iterator[None]:
+    """Steer with one hook per edit, registered in the plan's order, for one forward pass under `mask_BT`."""
+
+    def on_input(edit: Edit) -> Any:
+        def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (edit_positions(args[0], edit, mask_BT), *args[1:]), kwargs
+
+        return hook
+
+    def on_output(edit: Edit) -> Any:
+        def hook(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (edit_positions(output[0], edit, mask_BT), *output[1:])
+            return edit_positions(output, edit, mask_BT)
+
+        return hook
+
+    handles: list[Any] = []
+    for edit in plan.edits:
+        if edit.site is Site.BLOCK_INPUT:
+            handles.append(
+                blocks[edit.layer].register_forward_pre_hook(on_input(edit), with_kwargs=True)
+            )
+        else:
+            module = blocks[edit.layer] if edit.site is Site.BLOCK_OUTPUT else final_norm
+            handles.append(module.register_forward_hook(on_output(edit)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
