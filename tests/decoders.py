@@ -352,9 +352,7 @@ class HandDecoder(nn.Module):
         return (x, mask, *(caches if self.variant.cache else []))
 
 
-def hand_decoder(
-    variant: Variant, path: Path, *, opset: int = 17
-) -> tuple[HandDecoder, onnx.ModelProto]:
+def hand_decoder(variant: Variant, path: Path, *, opset: int = 17) -> tuple[HandDecoder, onnx.ModelProto]:
     """A hand-written decoder and its graph by the TorchScript exporter."""
     model = HandDecoder(variant)
     pairs = [f"{layer}.{kind}" for layer in range(HAND_LAYERS) for kind in ("key", "value")]

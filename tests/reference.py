@@ -59,9 +59,7 @@ def literally_steered(
     handles: list[Any] = []
     for edit in plan.edits:
         if edit.site is Site.BLOCK_INPUT:
-            handles.append(
-                blocks[edit.layer].register_forward_pre_hook(on_input(edit), with_kwargs=True)
-            )
+            handles.append(blocks[edit.layer].register_forward_pre_hook(on_input(edit), with_kwargs=True))
         else:
             module = blocks[edit.layer] if edit.site is Site.BLOCK_OUTPUT else final_norm
             handles.append(module.register_forward_hook(on_output(edit)))

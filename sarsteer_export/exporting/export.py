@@ -7,7 +7,6 @@ import io
 import logging
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -16,14 +15,16 @@ from transformers import DynamicCache
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
-from calibration.errors import InputError, UnsupportedError
+from calibration.errors import UnsupportedError
 from calibration.lalm import Lalm, load_lalm
 from graph_passes.patch import FINGERPRINT_KEY
 from sarsteer_export.exporting.components import AudioEncoderComponent, DecoderComponent, EmbedTokensComponent
 from sarsteer_export.exporting.contract import name_audio_encoder, name_decoder, name_embed_tokens
+from sarsteer_export.staging import check_output, staged_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from torch import nn
 
@@ -52,23 +53,26 @@ class ExportedComponents:
 
 
 def export(
-    model: str | Path | Lalm, output: str | Path, *, device: str = "cpu", dtype: str = "float32"
+    model: str | Path | Lalm,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    overwrite: bool = False,
 ) -> ExportedComponents:
     """Export the unsteered model to `output`: one decoder graph for prefill and decode, encoder, embedding.
 
-    `output` must be an empty or new directory. Raises `UnsupportedError` for a model whose parts cannot be
-    found or traced.
+    The folder `output` appears when everything is exported. Raises `InputError` when it exists (unless
+    `overwrite`), `UnsupportedError` for a model whose parts cannot be found or traced.
     """
+    target = check_output(output, overwrite=overwrite)
     lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
-    folder = Path(output)
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder}: exists and is not empty")
-    folder.mkdir(parents=True, exist_ok=True)
-    components = ExportedComponents.within(folder)
-    _write(lalm, _trace_decoder(lalm), components.decoder)
-    _write(lalm, _trace_audio_encoder(lalm), components.audio_encoder)
-    _write(lalm, _trace_embed_tokens(lalm), components.embed_tokens)
-    return components
+    with staged_directory(target, overwrite=overwrite) as folder:
+        components = ExportedComponents.within(folder)
+        _write(lalm, _trace_decoder(lalm), components.decoder)
+        _write(lalm, _trace_audio_encoder(lalm), components.audio_encoder)
+        _write(lalm, _trace_embed_tokens(lalm), components.embed_tokens)
+    return ExportedComponents.within(target)
 
 
 def sample_cache(config: Any, batch: int, past: int, *, like: torch.Tensor) -> DynamicCache:

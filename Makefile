@@ -1,0 +1,50 @@
+# Two commands: `make demo` and `make test`. Everything else they need, they set up.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+POCKET := examples/pocket_lalm
+SOURCES := calibration graph_passes engines sarsteer_export
+
+.PHONY: help setup demo test lint format bench pocket-lalm clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(STAMP)  ## Make the virtual environment and install the project into it
+
+$(STAMP): pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## Build the steered bundle of the pocket LALM, prove it, and ask it something
+	$(BIN)/sarsteer-export build $(POCKET)/model --config $(POCKET)/build.toml --overwrite \
+		--harmful $(POCKET)/data/train_harmful.jsonl --benign $(POCKET)/data/train_benign.jsonl \
+		--eval-harmful $(POCKET)/data/test_harmful.jsonl --eval-benign $(POCKET)/data/test_benign.jsonl \
+		--output build/pocket_lalm
+
+test: lint  ## Lint, type-check and run the whole suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## Lint, type-check and check the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Measure what steering costs at run time
+	$(BIN)/python benchmarks/overhead.py
+
+pocket-lalm: $(STAMP)  ## Train the pocket LALM anew and choose its alpha (about half an hour; needs espeak-ng)
+	$(BIN)/python $(POCKET)/train.py
+	$(BIN)/python $(POCKET)/sweep.py
+
+clean:  ## Remove the virtual environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,95 @@
+"""`sarsteer-export build`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
+from sarsteer_export.cli.options import (
+    FILE,
+    FOLDER,
+    calibration_options,
+    calibration_settings,
+    device_options,
+    force_option,
+    overwrite_option,
+    parity_options,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command("build", cls=Command)
+@click.argument("model", type=FOLDER)
+@click.option("--harmful", type=FILE, required=True, help="Harmful spoken requests (JSON Lines).")
+@click.option("--benign", type=FILE, required=True, help="Benign spoken requests (JSON Lines).")
+@click.option("--output", "-o", type=FOLDER, required=True, help="Bundle folder to write.")
+@click.option("--plan", type=FILE, default=None, help="Use this plan instead of calibrating.")
+@calibration_options
+@parity_options
+@click.option(
+    "--eval-harmful", type=FILE, default=None, help="Held-out harmful requests to measure behaviour on."
+)
+@click.option(
+    "--eval-benign", type=FILE, default=None, help="Held-out benign requests to measure behaviour on."
+)
+@click.option("--answer-pattern", default=None, help="Regular expression that every real answer matches.")
+@click.option(
+    "--max-new-tokens", default=32, show_default=True, help="Longest answer when behaviour is measured."
+)
+@click.option(
+    "--keep-unsteered/--no-unsteered", default=True, show_default=True, help="Ship the unsteered decoder too."
+)
+@device_options
+@click.option("--dry-run", is_flag=True, help="Say what would happen and what it needs; write nothing.")
+@force_option
+@overwrite_option
+def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: Any) -> None:
+    """Calibrate, export, patch and prove the checkpoint directory MODEL; write a bundle.
+
+    A second build with the same inputs does nothing; with some of them changed (and --overwrite) it reuses
+    the finished stages whose inputs are the same.
+
+    \b
+    Example:
+      sarsteer-export build examples/pocket_lalm/model -o build/pocket_lalm \\
+        --harmful examples/pocket_lalm/data/train_harmful.jsonl \\
+        --benign examples/pocket_lalm/data/train_benign.jsonl --alpha 0.5 --rank 2
+    """
+    from sarsteer_export.behaviour import Judge
+    from sarsteer_export.pipeline import BuildSettings, build, preview
+    from sarsteer_export.verification import ParitySettings
+
+    settings = BuildSettings(
+        calibration=calibration_settings(model, given),
+        parity=ParitySettings(**{name: given.pop(name) for name in ("prompts", "decode_steps", "blocks")}),
+        judge=Judge(given.pop("answer_pattern")),
+        **given,
+    )
+    if dry_run:
+        found = preview(model, output, settings)
+        lines = [f"{stage:10} {fate}" for stage, fate in found.steps]
+        lines.append(f"parameters {found.parameters / 1e6:,.1f} M")
+        lines.append(f"disk       {found.disk_bytes / 1e6:,.1f} MB for the bundle (estimate)")
+        lines.append(f"memory     {found.memory_bytes / 1e6:,.1f} MB beside the libraries (estimate)")
+        emit(dataclasses.asdict(found), "\n".join(lines), as_json=as_json)
+        return
+    quiet_transformers()
+    result = build(model, output, settings, progress=Progress())
+    parts = [result.parity_table]
+    if result.behaviour_table is not None:
+        parts.append(result.behaviour_table)
+    if result.reused:
+        parts.append(f"reused: {', '.join(result.reused)}")
+    parts.append(f"bundle: {result.path}")
+    summary = {
+        "bundle": str(result.path),
+        "parity": result.parity,
+        "behaviour": result.behaviour,
+        "reused": list(result.reused),
+    }
+    emit(summary, "\n\n".join(parts), as_json=as_json)

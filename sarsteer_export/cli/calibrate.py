@@ -1,0 +1,68 @@
+"""`sarsteer-export calibrate`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
+from sarsteer_export.cli.options import (
+    FILE,
+    FOLDER,
+    calibration_options,
+    calibration_settings,
+    device_options,
+    overwrite_option,
+)
+from sarsteer_export.staging import check_output, staged_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command("calibrate", cls=Command)
+@click.argument("model", type=FOLDER)
+@click.option("--harmful", type=FILE, required=True, help="Harmful spoken requests (JSON Lines).")
+@click.option("--benign", type=FILE, required=True, help="Benign spoken requests (JSON Lines).")
+@click.option("--output", "-o", type=FILE, required=True, help="Plan to write (safetensors).")
+@calibration_options
+@device_options
+@overwrite_option
+def command(
+    model: Path,
+    harmful: Path,
+    benign: Path,
+    output: Path,
+    device: str,
+    dtype: str,
+    overwrite: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Compute the steering plan of the checkpoint directory MODEL from spoken requests.
+
+    \b
+    Example:
+      sarsteer-export calibrate models/Qwen2-Audio-7B-Instruct \\
+        --harmful data/harmful.jsonl --benign data/benign.jsonl -o plan.safetensors
+    """
+    from calibration.calibrate import calibrate
+
+    settings = calibration_settings(model, given)
+    check_output(output, overwrite=overwrite)
+    quiet_transformers()
+    plan = calibrate(model, harmful, benign, settings, device=device, dtype=dtype, progress=Progress())
+    with staged_file(output, overwrite=overwrite) as staged:
+        plan.save(staged)
+    norms = {edit.layer: float(np.linalg.norm(edit.tensors()["vector"])) for edit in plan.edits}
+    result = {
+        "plan": str(output),
+        "sha256": plan.digest(),
+        "edits": len(plan.edits),
+        "vector_norms": norms,
+        "provenance": plan.provenance,
+    }
+    lines = [f"block {layer:3}  |v| {norm:.4g}" for layer, norm in norms.items()]
+    emit(result, "\n".join([*lines, f"{len(norms)} edits -> {output}"]), as_json=as_json)

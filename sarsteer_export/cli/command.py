@@ -1,0 +1,172 @@
+"""What every command shares: errors with exit codes, `--json`, `--config`, `--debug`, progress on stderr."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from calibration.errors import InputError, SarsteerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+INTERRUPTED = 130
+UNEXPECTED = 1
+DEBUG = "sarsteer_export.debug"
+LOGGERS = ("calibration", "engines", "graph_passes", "sarsteer_export")
+
+
+class Command(click.Command):
+    """A command that turns errors into one message and an exit code, unless `--debug` is given."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
+            click.Option(
+                ["--config"],
+                type=click.Path(dir_okay=False, path_type=Path),
+                is_eager=True,
+                expose_value=False,
+                callback=_read_config,
+                help="TOML file with options by their long names; the command line wins.",
+            ),
+            click.Option(
+                ["--debug"],
+                is_flag=True,
+                expose_value=False,
+                callback=_remember_debug,
+                help="Show tracebacks of errors.",
+            ),
+        ]
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command."""
+        _log_to_stderr()
+        debug = bool(context.meta.get(DEBUG))
+        try:
+            return super().invoke(context)
+        except SarsteerError as error:
+            if debug:
+                raise
+            _fail(context, str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail(context, "interrupted; nothing was written", INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:  # the last resort: one message, whatever happened
+            if debug:
+                raise
+            _fail(context, *_unexpected(error))
+
+
+class Progress:
+    """Progress of long work on stderr: a line that is redrawn on a terminal, one line per stage elsewhere."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._start = 0.0
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Report that `done` of `total` parts of a stage are finished."""
+        if stage != self._stage:
+            self._stage, self._start = stage, time.monotonic()
+        seconds = time.monotonic() - self._start
+        if self._terminal:
+            rest = f", {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
+            click.echo(f"\r\x1b[K{stage}: {done}/{total} ({seconds:.0f} s{rest})", nl=done == total, err=True)
+        elif done == total:
+            click.echo(f"{stage}: {done}/{total}", err=True)
+
+
+def emit(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+    """Print a result on stdout: as text for people, or as one JSON object."""
+    click.echo(json.dumps(result, indent=2, default=str) if as_json else text)
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' progress bars and notes out of our output."""
+    from transformers.utils import logging as transformers_logging
+
+    controls: Any = transformers_logging
+    controls.set_verbosity_error()
+    controls.disable_progress_bar()
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several click options as one decorator, in the order given."""
+
+    def decorate(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def _fail(context: click.Context, message: str, exit_code: int) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    context.exit(exit_code)
+
+
+def _unexpected(error: Exception) -> tuple[str, int]:
+    """Message and exit code of an error that nobody foresaw."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left on the device; nothing was written", InputError.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", InputError.exit_code
+    report = "this is a defect, please report it with the output of --debug"
+    return f"unexpected {type(error).__name__}: {error}; {report}", UNEXPECTED
+
+
+def _read_config(context: click.Context, _option: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.BadParameter(f"{path} cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} is not TOML ({error})") from None
+    names = {
+        option.lstrip("-"): parameter.name
+        for parameter in context.command.params
+        if isinstance(parameter, click.Option)
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+    if unknown := sorted(set(values) - set(names)):
+        raise click.BadParameter(
+            f"{path}: unknown option {unknown[0]!r}; known are {', '.join(sorted(names))}"
+        )
+    context.default_map = {str(names[key]): value for key, value in values.items()}
+
+
+def _remember_debug(context: click.Context, _option: click.Parameter, value: bool) -> None:
+    context.meta[DEBUG] = value
+
+
+def _log_to_stderr() -> None:
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.addHandler(_StderrHandler())
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever stderr is now, so that it can be redirected."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)

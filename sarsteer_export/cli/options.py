@@ -1,0 +1,119 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from calibration.errors import InputError
+from sarsteer_export.cli.command import options
+
+if TYPE_CHECKING:
+    from calibration.calibrate import CalibrationSettings
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+ANY_PATH = click.Path(path_type=Path)
+
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+force_option = click.option(
+    "--force", is_flag=True, help="Accept a plan that was made for another model of the same shape."
+)
+device_options = options(
+    click.option("--device", default="cpu", show_default=True, help="PyTorch device of the eager model."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float16", "bfloat16"]),
+        default="float32",
+        show_default=True,
+        help="Precision of the model.",
+    ),
+)
+parity_options = options(
+    click.option("--prompts", default=4, show_default=True, help="Requests per parity batch."),
+    click.option(
+        "--decode-steps", default=8, show_default=True, help="Cached decode steps after the prefill."
+    ),
+    click.option(
+        "--blocks/--no-blocks", default=True, show_default=True, help="Compare every block's output too."
+    ),
+)
+calibration_options = options(
+    click.option("--alpha", default=0.1, show_default=True, help="Strength of the steering vectors."),
+    click.option(
+        "--lambda",
+        "ablation",
+        default=1.0,
+        show_default=True,
+        help="Share of the safe subspace that is removed.",
+    ),
+    click.option(
+        "--rank", default=10, show_default=True, help="Rank k of the safe subspace; 0 ablates nothing."
+    ),
+    click.option("--refusal-prompt", default=None, help="Refusal text that is added to the prompt."),
+    click.option("--layers", default=None, help="Blocks to steer, such as 0,4-11,-1; all when left out."),
+    click.option(
+        "--limit", default=100, show_default=True, help="Most requests of each kind to calibrate on."
+    ),
+    click.option("--seed", default=0, show_default=True, help="Seed of the subset when there are more."),
+    click.option("--batch-size", default=8, show_default=True, help="Requests per forward pass."),
+)
+
+
+def calibration_settings(model: Path, given: dict[str, Any]) -> CalibrationSettings:
+    """Take the values of `calibration_options` out of `given`; negative layers are resolved here and only here."""
+    from calibration.calibrate import REFUSAL_PROMPT, CalibrationSettings
+    from calibration.directions import SteeringSettings
+
+    for name in ("limit", "batch_size"):
+        if given[name] < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")
+    layers, refusal_prompt = given.pop("layers"), given.pop("refusal_prompt")
+    return CalibrationSettings(
+        steering=SteeringSettings(
+            alpha=given.pop("alpha"),
+            ablation=given.pop("ablation"),
+            rank=given.pop("rank"),
+            layers=None if layers is None else parse_layers(layers, _num_layers(model)),
+        ),
+        refusal_prompt=REFUSAL_PROMPT if refusal_prompt is None else refusal_prompt,
+        limit=given.pop("limit"),
+        seed=given.pop("seed"),
+        batch_size=given.pop("batch_size"),
+    )
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """Block numbers from `0,4-11,-1`: single blocks, ranges with both ends, negatives from the end."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            if dash and first:
+                layers += range(int(first), int(last) + 1)
+            else:
+                layers.append(int(part))
+        except ValueError:
+            raise InputError(
+                f"--layers: {part!r} is no block or range of blocks; write e.g. 0,4-11,-1"
+            ) from None
+    resolved = [layer + num_layers if layer < 0 else layer for layer in layers]
+    for layer, number in zip(layers, resolved, strict=True):
+        if not 0 <= number < num_layers:
+            raise InputError(f"--layers: block {layer} does not exist; the model has {num_layers} blocks")
+    if not resolved or len(set(resolved)) != len(resolved):
+        raise InputError(f"--layers: {text!r} names no block, or one twice")
+    return tuple(resolved)
+
+
+def _num_layers(model: Path) -> int:
+    from calibration.checkpoint import read_config
+
+    config = read_config(model)
+    text = config.get("text_config", config)
+    layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    if not isinstance(layers, int):
+        raise InputError(f"model {model}: config.json does not say num_hidden_layers, which --layers needs")
+    return layers

@@ -1,0 +1,64 @@
+"""`sarsteer-export verify`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from calibration.errors import ParityError
+from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
+from sarsteer_export.cli.options import FILE, FOLDER, overwrite_option, parity_options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command("verify", cls=Command)
+@click.argument("bundle", type=FOLDER)
+@click.option("--model", type=FOLDER, required=True, help="Checkpoint the bundle was made from.")
+@click.option("--requests", type=FILE, required=True, help="Spoken requests to compare on (JSON Lines).")
+@click.option("--report", type=FILE, default=None, help="Write the report to a .json or .html file.")
+@parity_options
+@overwrite_option
+def command(
+    bundle: Path,
+    model: Path,
+    requests: Path,
+    report: Path | None,
+    prompts: int,
+    decode_steps: int,
+    blocks: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Run parity again: the bundle folder BUNDLE against the eager model, with negative controls.
+
+    \b
+    Example:
+      sarsteer-export verify build/pocket_lalm --model examples/pocket_lalm/model \\
+        --requests examples/pocket_lalm/data/test_harmful.jsonl
+    """
+    from engines.report import Verdict
+    from sarsteer_export.report_page import parity_page
+    from sarsteer_export.staging import check_output, staged_file
+    from sarsteer_export.verification import ParitySettings, verify
+
+    if report is not None:
+        if report.suffix not in (".json", ".html"):
+            raise click.BadParameter(
+                f"{report}: expected a name that ends in .json or .html", param_hint="--report"
+            )
+        check_output(report, overwrite=overwrite)
+    quiet_transformers()
+    settings = ParitySettings(prompts=prompts, decode_steps=decode_steps, blocks=blocks)
+    found = verify(bundle, model, requests, settings, progress=Progress())
+    content = found.to_json() | {"table": found.table()}
+    if report is not None:
+        page = parity_page(content) if report.suffix == ".html" else json.dumps(content, indent=2) + "\n"
+        with staged_file(report, overwrite=overwrite) as staged:
+            staged.write_text(page, encoding="utf-8")
+    emit(content, found.table(), as_json=as_json)
+    if found.verdict is not Verdict.PASSED:
+        raise ParityError("parity failed:\n  " + "\n  ".join(found.failures()))
