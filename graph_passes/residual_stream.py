@@ -191,7 +191,8 @@ def _residual_add(index: GraphIndex, node: NodeProto) -> _ResidualAdd | None:
     terms = list(_terms(index, node))
     for skip in terms:
         branches = [term for term in terms if term != skip]
-        reached = [index.ancestors_through_matmul(branch) & index.bit(skip) for branch in branches]
+        start = index.bit(_uncast(index, skip))  # the branch may read another cast of the same tensor
+        reached = [index.ancestors_through_matmul(branch) & start for branch in branches]
         if branches and all(reached):
             own = 0
             for branch in branches:
@@ -268,6 +269,12 @@ def _stream_start(index: GraphIndex, skip: str) -> str:
                 break
         tensor = node.input[0]
     return _steered(index, tensor)
+
+
+def _uncast(index: GraphIndex, tensor: str) -> str:
+    while (node := index.producer_of(tensor)) is not None and node.op_type in TRANSPARENT_OPS:
+        tensor = node.input[0]
+    return tensor
 
 
 def _steered(index: GraphIndex, tensor: str) -> str:

@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 
     from calibration.states import Progress
 
-FEATURES_LIMIT = 1e-4
-"""Largest difference of log-mel features: torch's STFT is float32, the bundle's is float64 (1e-5 measured)."""
+FEATURES_LIMIT = 5e-4
+"""Largest difference of log-mel features: torch's STFT is float32, the bundle's float64, and the
+logarithm magnifies that near its floor (4e-5 measured on the pocket LALM's clips)."""
 
 
 EMBEDDINGS_LIMIT = 1e-4

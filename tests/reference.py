@@ -9,20 +9,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from calibration.plan import Add, Edit, Positions, Site, SteeringPlan
 
 
 def edited(hidden_D: torch.Tensor, edit: Edit) -> torch.Tensor:
-    h = hidden_D.double()
+    h = hidden_D.double().numpy()
     if isinstance(edit, Add):
-        h = h + edit.strength * torch.tensor(edit.vector).double()
+        h = h + edit.strength * edit.vector.astype(np.float64)
     else:
-        U = torch.tensor(edit.basis).double()
-        mean = torch.zeros(len(h)).double() if edit.mean is None else torch.tensor(edit.mean).double()
+        U = edit.basis.astype(np.float64)
+        mean = 0 if edit.mean is None else edit.mean.astype(np.float64)
         h = h - edit.strength * U @ (U.T @ (h - mean))
-    return h.to(hidden_D.dtype)
+    return torch.from_numpy(h).to(hidden_D.dtype)
 
 
 def edit_positions(hidden_BSD: torch.Tensor, edit: Edit, mask_BT: torch.Tensor) -> torch.Tensor:
