@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from engines.limits import Limits
 
+
 EFFECT_FLOOR = 1e-5
-"""Least effect, relative to the tensor it acts on, that stands out of float32 rounding (1e-6 measured)."""
 
 
 @dataclass(frozen=True)
@@ -201,15 +201,17 @@ def measure_effects(script: Script, oracle: Pair, engine: Pair) -> Iterator[Effe
 def judge_effects(script: Script, effects: Sequence[Effect], limits: Limits) -> list[Measurement]:
     """The worst effect figures of a script against their limits.
 
-    Effects below `EFFECT_FLOOR` on both sides cannot be told from rounding and are not judged; that the
+    Effects below the floor of `limits` on both sides cannot be told from rounding and are not judged; that the
     logits show an effect that can is a figure of its own.
     """
     case = f"{script.name}, effect"
-    audible = [effect for effect in effects if effect.relative_norm >= EFFECT_FLOOR]
+    audible = [effect for effect in effects if effect.relative_norm >= limits.effect_floor]
     at_logits = [effect.relative_norm for effect in effects if effect.tensor == LOGITS]
     detail = f"{len(effects) - len(audible)} of {len(effects)} effects are below the floor and not judged"
     figures = [
-        Measurement(case, "effect at the logits, relative", max(at_logits), EFFECT_FLOOR, True, detail),
+        Measurement(
+            case, "effect at the logits, relative", max(at_logits), limits.effect_floor, True, detail
+        ),
     ]
     for what, chosen in (
         ("logits", [effect for effect in audible if effect.tensor == LOGITS]),

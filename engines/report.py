@@ -9,6 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engines.limits import Limits
     from engines.parity import CaseResult, Measurement
 
 
@@ -24,13 +25,13 @@ class Verdict(str, Enum):
 class ParityReport:
     """Parity of one engine: the cases, and figures that belong to no case (`components`).
 
-    `limits_source` says where the limits come from. `context` is free JSON for the reader (the plan, norms
+    `context` is free JSON for the reader (the plan, norms
     by block, versions).
     """
 
     backend: str
     precision: str
-    limits_source: str
+    limits: Limits
     components: tuple[Measurement, ...]
     cases: tuple[CaseResult, ...]
     context: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +70,8 @@ class ParityReport:
             "verdict": self.verdict.value,
             "backend": self.backend,
             "precision": self.precision,
-            "limits_source": self.limits_source,
+            "limits": dataclasses.asdict(self.limits),
+            "limits_source": self.limits.source,
             "failures": self.failures(),
             "components": [_figure(item) for item in self.components],
             "cases": [

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TypeProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto
 
 from calibration.errors import SiteNotFoundError, UnsupportedError
 from calibration.plan import Site
@@ -102,7 +102,7 @@ def find_residual_stream(model: ModelProto) -> ResidualStream:
     blocks = _blocks(index, adds)
     _cross_check_scopes(index, blocks)
     outputs = [block.output for block in blocks]
-    elem_type, hidden_size = _elem_type_and_width(model, outputs)
+    elem_type, hidden_size = _elem_type_and_width(model, blocks[0].input, outputs)
     final_norm_output = _final_norm_output(index, outputs[-1], elem_type)
     tensors = [blocks[0].input, *outputs, *([final_norm_output] if final_norm_output else [])]
     types = _recorded_types(model, tensors)
@@ -358,18 +358,25 @@ def _cast_to(node: NodeProto) -> int:
     return next(attribute.i for attribute in node.attribute if attribute.name == "to")
 
 
-def _elem_type_and_width(model: ModelProto, tensors: list[str]) -> tuple[int, int]:
+def _elem_type_and_width(model: ModelProto, start: str, outputs: list[str]) -> tuple[int, int]:
     """Element type and width of the stream, from the file or, where it does not say, by shape inference."""
+    tensors = [*outputs, start]
     types = _recorded_types(model, tensors)
-    if len(_widths(types)) != 1:
+    if len(_widths(types)) != 1 or not any(name in types for name in outputs):
         types = _recorded_types(onnx.shape_inference.infer_shapes(model), tensors)
     widths = _widths(types)
     if len(widths) != 1:
         raise SiteNotFoundError(
-            f"the width of the residual stream at {tensors[0]!r} is not one fixed number; found "
+            f"the width of the residual stream at {outputs[0]!r} is not one fixed number; found "
             f"{sorted(widths) or 'none'}"
         )
-    return next(iter(types.values())).tensor_type.elem_type, widths.pop()
+    elem_types = {types[name].tensor_type.elem_type for name in outputs if name in types}
+    if len(elem_types) != 1:
+        raise SiteNotFoundError(
+            f"the residual stream at {outputs[0]!r} is not of one element type; found "
+            f"{sorted(TensorProto.DataType.Name(kind) for kind in elem_types) or 'none'}"
+        )
+    return elem_types.pop(), widths.pop()
 
 
 def _widths(types: dict[str, TypeProto]) -> set[int]:
@@ -385,9 +392,7 @@ def _recorded_types(model: ModelProto, tensors: list[str]) -> dict[str, TypeProt
     return {
         value.name: value.type
         for value in (*graph.value_info, *graph.output, *graph.input)
-        if value.name in set(tensors)
-        and value.type.tensor_type.elem_type
-        and value.type.tensor_type.HasField("shape")
+        if value.name in set(tensors) and value.type.tensor_type.elem_type
     }
 
 

@@ -73,9 +73,18 @@ def oracle_case(
     return OracleCase(script, Pair(baseline=baseline, edited=edited))
 
 
-def prompt_embeddings(lalm: Lalm, requests: Sequence[SpokenRequest]) -> torch.Tensor:
-    """What the eager model's decoder reads for B requests: merged embeddings (B, S, D), left-padded."""
-    return _left_padded(lalm, requests).embeds
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """What the eager model's decoder reads for B prompts, left-padded: embeddings (B, S, D) and mask (B, S)."""
+
+    embeds: np.ndarray[Any, Any]
+    mask: np.ndarray[Any, Any]
+
+
+def prompt_embeddings(lalm: Lalm, requests: Sequence[SpokenRequest]) -> PromptEmbeddings:
+    """Run B requests through the eager model up to its decoder."""
+    prefill = _left_padded(lalm, requests)
+    return PromptEmbeddings(prefill.embeds.cpu().numpy(), prefill.mask.cpu().numpy())
 
 
 def _left_padded(lalm: Lalm, requests: Sequence[SpokenRequest]) -> _Prefill:

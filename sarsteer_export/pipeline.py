@@ -22,6 +22,7 @@ from calibration.errors import InputError, ParityError
 from calibration.lalm import Lalm, load_lalm
 from calibration.plan import SteeringPlan
 from calibration.requests import SpokenRequest, read_requests, requests_digest
+from engines.limits import limits_for
 from engines.report import ParityReport, Verdict
 from graph_passes.interface import graph_inputs, graph_outputs
 from graph_passes.onnx_file import read_graph, write_graph
@@ -45,7 +46,7 @@ from sarsteer_export.bundle.manifest import (
 )
 from sarsteer_export.exporting.export import OPSET, export
 from sarsteer_export.report_page import parity_page
-from sarsteer_export.staging import check_output, staged_directory
+from sarsteer_export.staging import check_output, nearest_folder, staged_directory
 from sarsteer_export.verification import (
     ParitySettings,
     compare_components,
@@ -105,6 +106,8 @@ class BuildSettings:
             raise InputError("behaviour needs both --eval-harmful and --eval-benign; only one was given")
         if self.dtype not in BYTES_PER_PARAMETER:
             raise InputError(f"dtype is {self.dtype!r}; expected one of {', '.join(BYTES_PER_PARAMETER)}")
+        object.__setattr__(self, "parity", dataclasses.replace(self.parity, precision=self.dtype))
+        limits_for(self.parity.backend, self.dtype)  # what cannot be proven is refused before it is built
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ def build(
     if earlier is not None and earlier.stages == inputs.stages:
         return _up_to_date(target, earlier)
     check_output(target, overwrite=settings.overwrite)
+    _check_space(target, inputs.model, settings)
     reusable = {} if earlier is None else earlier.stages
     with staged_directory(target, overwrite=settings.overwrite) as folder:
         lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
@@ -178,7 +182,8 @@ def build(
         manifest = describe(lalm, plan, patched, inputs, folder)
         manifest.write(folder)
         with Bundle(folder) as bundle:
-            components = compare_components(lalm, bundle, requests)
+            limits = limits_for(settings.parity.backend, settings.parity.precision)
+            components = compare_components(lalm, bundle, requests, limits)
             report = verify_steering(
                 exported, lalm, plan, folder / STEERED_DECODER, settings.parity, components, progress
             )
@@ -337,6 +342,15 @@ def finish(
 def _write_frontend(lalm: Lalm, folder: Path) -> None:
     check_extractor(lalm.processor.feature_extractor.to_dict())
     lalm.processor.save_pretrained(folder)
+
+
+def _check_space(target: Path, model: Path, settings: BuildSettings) -> None:
+    needed = parameter_count(model) * BYTES_PER_PARAMETER[settings.dtype]
+    free = shutil.disk_usage(nearest_folder(target)).free
+    if free < needed:
+        raise InputError(
+            f"{target}: the bundle needs about {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free there"
+        )
 
 
 def _earlier(target: Path) -> Manifest | None:

@@ -20,7 +20,7 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
     target = Path(path)
     if target.exists() and not overwrite:
         raise InputError(f"{target}: exists; use --overwrite to replace it, or name another output")
-    parent = _nearest_folder(target)
+    parent = nearest_folder(target)
     if not parent.is_dir():
         raise InputError(f"{target}: {parent} is not a directory")
     return target
@@ -76,7 +76,8 @@ def _clear_write_errors(target: Path) -> Iterator[None]:
         raise
 
 
-def _nearest_folder(target: Path) -> Path:
+def nearest_folder(target: Path) -> Path:
+    """The closest thing above `target` that exists."""
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent

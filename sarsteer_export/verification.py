@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from calibration.errors import InputError, ParityError
-from calibration.lalm import Lalm, encode_requests, load_lalm
+from calibration.lalm import Lalm, load_lalm
 from calibration.plan import Add, SteeringPlan, check_plan_fits
 from calibration.requests import SpokenRequest, load_audio, read_requests
-from engines.limits import limits_for
+from engines.limits import Limits, limits_for
 from engines.onnxruntime_runner import OnnxRuntimeDecoder
 from engines.parity import Measurement, Pair, agreement, compare_case
 from engines.report import ParityReport
@@ -41,10 +41,6 @@ if TYPE_CHECKING:
 FEATURES_LIMIT = 5e-4
 """Largest difference of log-mel features: torch's STFT is float32, the bundle's float64, and the
 logarithm magnifies that near its floor (4e-5 measured on the pocket LALM's clips)."""
-
-
-EMBEDDINGS_LIMIT = 1e-4
-"""Largest relative difference of prompt embeddings, behind the audio encoder (1e-6 measured)."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +89,15 @@ def verify(
     with Bundle(folder) as opened:
         opened.manifest.check_hashes(folder)
         plan = opened.plan
+        settings = dataclasses.replace(settings, precision=opened.manifest.model["dtype"])
         lalm = model if isinstance(model, Lalm) else load_lalm(model, dtype=opened.manifest.model["dtype"])
         if lalm.fingerprint != opened.manifest.model["fingerprint"]:
             raise InputError(
                 f"the bundle was made from another checkpoint: its fingerprint is "
                 f"{opened.manifest.model['fingerprint'][:12]}, this one's is {lalm.fingerprint[:12]}"
             )
-        components = compare_components(lalm, opened, chosen)
+        limits = limits_for(settings.backend, settings.precision)
+        components = compare_components(lalm, opened, chosen, limits)
         if opened.has_unsteered:
             exported = verify_export(lalm, plan, folder / UNSTEERED_DECODER, chosen, settings, progress)
             return verify_steering(
@@ -196,7 +194,7 @@ def verify_steering(
     return ParityReport(
         backend=settings.backend,
         precision=settings.precision,
-        limits_source=limits.source,
+        limits=limits,
         components=tuple(components),
         cases=tuple(results),
         context=_context(lalm, plan, exported, settings),
@@ -204,38 +202,38 @@ def verify_steering(
 
 
 def compare_components(
-    lalm: Lalm, bundle: Bundle, requests: Sequence[SpokenRequest]
+    lalm: Lalm, bundle: Bundle, requests: Sequence[SpokenRequest], limits: Limits
 ) -> tuple[Measurement, ...]:
     """What comes before the decoder: features, and prompt embeddings through encoder, embedding and template."""
-    texts = [request.text for request in requests]
     clips = [
         load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
         for request in requests
     ]
-    inputs = encode_requests(lalm, texts, clips)
-    features, feature_mask = bundle.frontend.features(clips)
-    wanted, seen = inputs["input_features"].float().cpu().numpy(), features
-    prompts = bundle.prompts(clips, texts)
-    eager = prompt_embeddings(lalm, requests)
-    mask = inputs["attention_mask"].cpu().numpy()
-    same = np.array_equal(mask, prompts.mask) and np.array_equal(
-        inputs["feature_attention_mask"].cpu().numpy(), feature_mask
+    wanted = lalm.processor.feature_extractor(
+        clips,
+        sampling_rate=lalm.sampling_rate,
+        padding="max_length",
+        return_attention_mask=True,
+        return_tensors="np",
     )
-    embeds = eager.float().cpu().numpy()
-    difference = np.abs(embeds - prompts.embeds)[mask != 0].max() if same else np.inf
-    scale = float(np.abs(embeds[mask != 0]).max())
+    features, feature_mask = bundle.frontend.features(clips)
+    features_error = float(np.abs(wanted["input_features"] - features).max())
+    prompts = bundle.prompts(clips, [request.text for request in requests])
+    eager = prompt_embeddings(lalm, requests)
+    masks_equal = np.array_equal(eager.mask, prompts.mask) and np.array_equal(
+        wanted["attention_mask"], feature_mask
+    )
+    attended = eager.mask != 0
+    embeds_error = np.inf
+    if masks_equal:
+        difference = np.abs(eager.embeds.astype(np.float64) - prompts.embeds)[attended].max()
+        embeds_error = float(difference / np.abs(eager.embeds[attended]).max())
     case = "before the decoder"
     return (
-        Measurement(case, "attention masks equal", float(same), 1.0, at_least=True),
+        Measurement(case, "attention masks equal", float(masks_equal), 1.0, at_least=True),
+        Measurement(case, "log-mel max abs", features_error, FEATURES_LIMIT, at_least=False),
         Measurement(
-            case, "log-mel max abs", float(np.abs(wanted - seen).max()), FEATURES_LIMIT, at_least=False
-        ),
-        Measurement(
-            case,
-            "prompt embeddings max abs, relative",
-            float(difference) / scale,
-            EMBEDDINGS_LIMIT,
-            at_least=False,
+            case, "prompt embeddings max abs, relative", embeds_error, limits.max_abs, at_least=False
         ),
     )
 
