@@ -92,6 +92,7 @@ def calibration_provenance(
     return {
         "method": "SARSteer (arXiv 2510.17633)",
         "model": type(lalm.model).__name__,
+        "model_id": lalm.path.resolve().name,
         "model_dtype": str(lalm.model.dtype).removeprefix("torch."),
         "model_fingerprint": lalm.fingerprint,
         "chat_template_sha256": hashlib.sha256(str(lalm.processor.chat_template).encode()).hexdigest(),

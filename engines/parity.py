@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from engines.limits import Limits
 
 
-EFFECT_FLOOR = 1e-5
-
-
 @dataclass(frozen=True)
 class Measurement:
     """One figure against its limit; `at_least` says on which side of the limit it must lie."""

@@ -52,7 +52,7 @@ class ParityReport:
     def failures(self) -> list[str]:
         """What is wrong, a line each."""
         figures = [
-            f"{item.case}: {item.what} is {item.value:.3g}, limit {item.limit:.3g} {item.detail}".rstrip()
+            f"{item.case}: {item.what} is {item.value:.7g}, limit {item.limit:g} {item.detail}".rstrip()
             for item in self.measurements
             if not item.passed
         ]
@@ -87,7 +87,7 @@ class ParityReport:
                         {name: _finite(value) for name, value in dataclasses.asdict(effect).items()}
                         for effect in case.effects
                     ],
-                    "logits_difference": list(case.logits_difference),
+                    "logits_difference": [_finite(value) for value in case.logits_difference],
                 }
                 for case in self.cases
             ],

@@ -9,7 +9,6 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from topics import REFUSAL, TRAINING_PROMPTS, Topic
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -21,6 +20,8 @@ from transformers import (
     Qwen2Tokenizer,
     WhisperFeatureExtractor,
 )
+
+from topics import REFUSAL, TRAINING_PROMPTS, Topic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from architecture import audio_token_count
 from torch import Tensor, nn
 from torch.nn import functional
+
+from architecture import audio_token_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from batches import Features
     from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
+
+    from batches import Features
 
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
 _BLANK = 0

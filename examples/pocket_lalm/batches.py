@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
 from architecture import audio_token_count
 from speech import SAMPLE_RATE_HZ, as_float
-from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from calibration.lalm import load_lalm
 from clips import Split
 from replies import Request, ask, read_split, tally
 from topics import Harm
-
-from calibration.lalm import load_lalm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

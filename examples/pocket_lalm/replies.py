@@ -10,11 +10,11 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
-from architecture import MAX_NEW_TOKENS
-from topics import ANSWER_OPENING, REFUSAL
 
+from architecture import MAX_NEW_TOKENS
 from calibration.lalm import encode_requests
 from calibration.requests import load_audio
+from topics import ANSWER_OPENING, REFUSAL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

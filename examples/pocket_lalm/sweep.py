@@ -13,10 +13,6 @@ from typing import TYPE_CHECKING
 
 import click
 import numpy as np
-from clips import Split
-from replies import ask, read_split, tally
-from sweep_report import Choice, Measurement, SweepReport, choose, test_table, validation_table
-from topics import REFUSAL, Harm
 
 from calibration.directions import SteeringSettings, steering_plan
 from calibration.lalm import load_lalm
@@ -24,14 +20,17 @@ from calibration.plan import Add, SteeringPlan
 from calibration.requests import read_requests
 from calibration.states import collect_states
 from calibration.steered import steered
+from clips import Split
+from replies import ask, read_split, tally
+from sweep_report import Choice, Measurement, SweepReport, choose, test_table, validation_table
+from topics import REFUSAL, Harm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from replies import Request
-
     from calibration.lalm import Lalm
     from calibration.states import CalibrationStates
+    from replies import Request
 
 HERE = Path(__file__).parent
 ABLATION = 1.0

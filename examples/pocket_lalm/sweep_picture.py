@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.figure import Figure
+
 from sweep_report import of_rank, usable_run
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 import torch
+
 from architecture import build_model, build_processor
 from audio_pretraining import Recipe, pretrain_audio_tower
 from batches import Row, RowEncoder, check_fast_path, log_mel

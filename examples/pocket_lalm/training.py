@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
 from audio_pretraining import Recipe, SpellingHead, augmented_mel, set_rate
 from batches import IGNORED_LABEL, Features, Row, RowEncoder
 from topics import REFUSAL, TRAINING_PROMPTS, Harm, Topic
-from torch import Tensor, nn
-from torch.nn import functional
 
 if TYPE_CHECKING:
     import random

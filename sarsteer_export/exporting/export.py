@@ -16,7 +16,7 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from calibration.errors import UnsupportedError
-from calibration.lalm import Lalm, load_lalm
+from calibration.lalm import Lalm, find_decoder, load_lalm
 from graph_passes.patch import FINGERPRINT_KEY
 from sarsteer_export.exporting.components import AudioEncoderComponent, DecoderComponent, EmbedTokensComponent
 from sarsteer_export.exporting.contract import name_audio_encoder, name_decoder, name_embed_tokens
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+    from transformers import PreTrainedModel
 
 OPSET = 20
 DECODER = "decoder_model_merged"
@@ -69,38 +70,40 @@ def export(
     lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
     with staged_directory(target, overwrite=overwrite) as folder:
         components = ExportedComponents.within(folder)
-        _write(lalm, _trace_decoder(lalm), components.decoder)
-        _write(lalm, _trace_audio_encoder(lalm), components.audio_encoder)
-        _write(lalm, _trace_embed_tokens(lalm), components.embed_tokens)
+        export_decoder(lalm.model, components.decoder, fingerprint=lalm.fingerprint)
+        _write(_trace_audio_encoder(lalm), components.audio_encoder, lalm.fingerprint)
+        _write(_trace_embed_tokens(lalm), components.embed_tokens, lalm.fingerprint)
     return ExportedComponents.within(target)
 
 
-def sample_cache(config: Any, batch: int, past: int, *, like: torch.Tensor) -> DynamicCache:
-    """A KV cache of `past` random positions, for tracing; keys and values (B, H, P, W)."""
-    heads = config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = DynamicCache()
-    for layer in range(config.num_hidden_layers):
-        keys, values = (torch.randn(batch, heads, past, width).to(like) for _ in range(2))
-        cache.update(keys, values, layer)
-    return cache
+def export_decoder(model: PreTrainedModel, path: Path, *, fingerprint: str | None = None) -> None:
+    """Export the decoder of any transformers model that has one, causal language models included.
 
-
-def _trace_decoder(lalm: Lalm) -> ir.Model:
-    component = DecoderComponent(lalm.model)
-    width = lalm.parts.hidden_size
-    embeds = torch.randn(SAMPLE_BATCH, SAMPLE_SEQUENCE, width).to(lalm.model.device, lalm.model.dtype)
+    Writes `path` and its weights beside it. `fingerprint`, when given, ties the graph to a checkpoint.
+    """
+    parts = find_decoder(model)
+    embeds = torch.randn(SAMPLE_BATCH, SAMPLE_SEQUENCE, parts.hidden_size).to(model.device, model.dtype)
+    component = DecoderComponent(model)
     total = SAMPLE_PAST + SAMPLE_SEQUENCE
-    device = lalm.model.device
     inputs = {
         "inputs_embeds": embeds,
-        "attention_mask": torch.ones(SAMPLE_BATCH, total, dtype=torch.long, device=device),
-        "position_ids": torch.arange(SAMPLE_PAST, total, device=device).repeat(SAMPLE_BATCH, 1),
-        "past_key_values": sample_cache(component.config, SAMPLE_BATCH, SAMPLE_PAST, like=embeds),
+        "attention_mask": torch.ones(SAMPLE_BATCH, total, dtype=torch.long, device=model.device),
+        "position_ids": torch.arange(SAMPLE_PAST, total, device=model.device).repeat(SAMPLE_BATCH, 1),
+        "past_key_values": _sample_cache(component.config, like=embeds),
     }
     traced = _trace(component, inputs)
-    name_decoder(traced, len(lalm.parts.blocks))
-    return traced
+    name_decoder(traced, len(parts.blocks))
+    _write(traced, path, fingerprint)
+
+
+def _sample_cache(config: Any, *, like: torch.Tensor) -> DynamicCache:
+    """A KV cache of random positions to trace with; keys and values (B, H, P, W)."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (SAMPLE_BATCH, config.num_key_value_heads, SAMPLE_PAST, width)
+    cache = DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        cache.update(torch.randn(shape).to(like), torch.randn(shape).to(like), layer)
+    return cache
 
 
 def _trace_audio_encoder(lalm: Lalm) -> ir.Model:
@@ -140,8 +143,9 @@ def _trace(component: nn.Module, inputs: dict[str, Any]) -> ir.Model:
     return program
 
 
-def _write(lalm: Lalm, model: ir.Model, path: Path) -> None:
-    model.metadata_props[FINGERPRINT_KEY] = lalm.fingerprint
+def _write(model: ir.Model, path: Path, fingerprint: str | None) -> None:
+    if fingerprint is not None:
+        model.metadata_props[FINGERPRINT_KEY] = fingerprint
     for node in model.graph:
         node.metadata_props.pop(STACK_TRACE_KEY, None)
     data = path.with_name(f"{path.name}_data")
