@@ -35,8 +35,8 @@ class TensorSpec:
         return f"{self.name}: {self.dtype} [{', '.join(map(str, self.dims))}]"
 
 
-class GraphRunner(Protocol):
-    """Runs a graph once per call, nothing kept in between."""
+class Runner(Protocol):
+    """An opened graph or engine: what it reads and computes. Closed when the `with` block ends."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -49,29 +49,21 @@ class GraphRunner(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+class GraphRunner(Runner, Protocol):
+    """Runs a graph once per call, nothing kept in between."""
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """All outputs by name for the given inputs by name."""
         ...
 
 
-class DecoderRunner(Protocol):
+class DecoderRunner(Runner, Protocol):
     """Runs a decoder step by step and keeps its KV cache between steps, on the device where it has one.
 
     Cache inputs are called `past_key_values.*` and outputs `present.*`; callers never pass them.
     """
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
 
     def reset(self) -> None:
         """Forget the cache; the next step is a prefill."""
