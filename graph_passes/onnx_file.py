@@ -36,7 +36,7 @@ def read_graph(path: str | Path) -> ModelProto:
     if not source.is_file():
         raise InputError(f"ONNX file {source}: no such file")
     try:
-        model = onnx.load(source, load_external_data=False)
+        model = onnx.load(source, format="protobuf", load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
         raise InputError(
             f"ONNX file {source}: not a readable ONNX model; is it truncated? ({error})"

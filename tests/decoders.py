@@ -6,7 +6,8 @@ Dimensions: B batch, S sequence of this pass, P past, T = P + S, D width, V voca
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,13 @@ from tests import tiny_lalm
 
 BATCH, PAST, SEQUENCE = 2, 3, 4
 KV_HEADS, HEAD_WIDTH = 2, 16
+EXPORTER_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    ("You are using the legacy TorchScript-based ONNX export", DeprecationWarning),
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
+    ("The feature will be removed. Please remove usage of this function", DeprecationWarning),
+    ("Exporting aten::index operator of advanced indexing", UserWarning),
+    ("", torch.jit.TracerWarning),
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,15 @@ def _sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tens
     return torch.randn(BATCH, SEQUENCE, tiny_lalm.WIDTH, generator=generator), mask_BT, positions_BS, past
 
 
+@contextmanager
+def exporter_warnings() -> Iterator[None]:
+    """Ignore what exporters say of themselves and of the traced library code; all else stays an error."""
+    with warnings.catch_warnings():
+        for message, category in EXPORTER_WARNINGS:
+            warnings.filterwarnings("ignore", message, category)
+        yield
+
+
 def export_with_transformers(lalm: Lalm, folder: Path) -> TinyDecoder:
     embeds, mask, positions, past = _sample()
     cache = DynamicCache()
@@ -162,10 +179,9 @@ def export_with_transformers(lalm: Lalm, folder: Path) -> TinyDecoder:
         "position_ids": positions,
         "past_key_values": cache,
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own, all of them about itself
+    with exporter_warnings():
         program = OnnxExporter().export(_CacheDecoder(lalm.model).eval(), arguments, OnnxConfig(dynamic=True))
-        program.save(str(folder / "model.onnx"), external_data=True)
+        program.save_pretrained(folder)
     return TinyDecoder(folder / "model.onnx", lalm.model)
 
 
@@ -178,8 +194,7 @@ def _flat_names() -> tuple[list[str], list[str]]:
 def export_with_dynamo(lalm: Lalm, folder: Path) -> TinyDecoder:
     auto = torch.export.Dim.AUTO
     inputs, outputs = _flat_names()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with exporter_warnings():
         torch.onnx.export(
             _FlatDecoder(lalm.model).eval(),
             _sample(),
@@ -207,8 +222,7 @@ def _torchscript(
         name: {0: "batch", 2: "past"} if name.startswith("past") else {0: "batch", 1: f"{name}_length"}
         for name in inputs
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with exporter_warnings():
         torch.onnx.export(
             module,
             sample,
@@ -232,6 +246,7 @@ class Variant:
     mask: bool = True
     head: str = "all"  # or "last" (of the normed stream), "last_first" (selected before the norm), "capped"
     experts: bool = False
+    warm: bool = False  # a residual add without a matrix product before block 0
     dtype: torch.dtype = field(default=torch.float32)
 
 
@@ -317,6 +332,8 @@ class HandDecoder(nn.Module):
         if self.variant.tokens:
             before = past[0].shape[2] if past else 0
             x = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device) + before)
+        if self.variant.warm:
+            x = x + 0.1 * torch.tanh(x)
         sequence = x.shape[1]
         total = sequence + (past[0].shape[2] if past else 0)
         columns = torch.arange(total, device=x.device)
