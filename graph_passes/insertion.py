@@ -17,6 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from calibration.errors import InputError, UnsupportedError
 from calibration.plan import Edit, Positions, Site, SteeringPlan
+from graph_passes.fused_norms import split_fused_norms
 from graph_passes.graph_index import GraphIndex, rename_reads
 from graph_passes.lowering import Stream, lower, lower_last_positions
 from graph_passes.residual_stream import STEERED_PREFIX, STEERING_PREFIX, UNSTEERED_PREFIX, ResidualStream
@@ -84,8 +85,9 @@ def insert_edits(
     last position. Edits of one tensor act in this order: block output, then block input of the next block,
     each in the plan's order. Raises `InputError` when the graph is steered already.
     """
+    _refuse_steered(GraphIndex(model.graph))
+    model = split_fused_norms(model, {stream.tensor(edit.site, edit.layer) for edit in plan.edits})
     index = GraphIndex(model.graph)
-    _refuse_steered(index)
     opset = opset_of(model)
     anchors = _by_anchor(stream, plan)
     splices: list[_Splice] = []

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from onnx import ModelProto, helper
 
+from graph_passes.fused_norms import split_fused_norms
+
 if TYPE_CHECKING:
     from graph_passes.residual_stream import ResidualStream
 
@@ -15,8 +17,10 @@ def expose_block_outputs(model: ModelProto, stream: ResidualStream) -> ModelProt
 
     The extra outputs bear the names of the stream tensors, `stream.blocks[i].output`.
     """
+    produced = {name for node in model.graph.node for name in node.output}
+    hidden = {block.output for block in stream.blocks} - produced
     probed = ModelProto()
-    probed.CopyFrom(model)
+    probed.CopyFrom(split_fused_norms(model, hidden))
     present = {value.name for value in model.graph.output}
     for block in stream.blocks:
         if block.output not in present:

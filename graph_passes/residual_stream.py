@@ -20,6 +20,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto
 
 from calibration.errors import SiteNotFoundError, UnsupportedError
 from calibration.plan import Site
+from graph_passes.fused_norms import split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe, subgraphs
 
 if TYPE_CHECKING:
@@ -93,11 +94,12 @@ class _ResidualAdd:
 def find_residual_stream(model: ModelProto) -> ResidualStream:
     """Find the blocks and sites of a decoder graph.
 
-    Raises `SiteNotFoundError` when there is no unique answer, with the nearest candidates.
+    Sums that are fused with the norms behind them are found too, under the names that `split_fused_norms`
+    gives them. Raises `SiteNotFoundError` when there is no unique answer, with the nearest candidates.
     """
-    graph = model.graph
-    index = GraphIndex(graph)
-    _refuse_unsupported(graph)
+    _refuse_unsupported(model.graph)
+    model = split_fused_norms(model)
+    index = GraphIndex(model.graph)
     adds = _chain(index, _logits(index))
     blocks = _blocks(index, adds)
     _cross_check_scopes(index, blocks)
@@ -132,11 +134,6 @@ def _refuse_unsupported(graph: GraphProto) -> None:
             raise UnsupportedError(
                 f"{describe(node)} holds bodies that compute (a merged decoder); export one graph that "
                 "serves prefill and decode"
-            )
-        if node.op_type.startswith("Skip") and "LayerNormalization" in node.op_type:
-            raise UnsupportedError(
-                f"{describe(node)} fuses a residual add with the norm behind it; patch the graph before it "
-                "is optimised for a runtime"
             )
 
 

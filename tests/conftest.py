@@ -61,7 +61,20 @@ def torchscript_decoder(lalm: Lalm, tmp_path_factory: pytest.TempPathFactory) ->
     return export_with_torchscript(lalm, tmp_path_factory.mktemp("torchscript"))
 
 
+@pytest.fixture(scope="session")
+def fused_decoder(lalm: Lalm, tmp_path_factory: pytest.TempPathFactory) -> TinyDecoder:
+    """The same decoder with residual adds fused into the norms behind them, for ONNX Runtime on CPU."""
+    return export_with_transformers(lalm, tmp_path_factory.mktemp("fused"), ort_fusions="cpu")
+
+
 @pytest.fixture(params=["exported_decoder", "dynamo_decoder", "torchscript_decoder"])
+def standard_decoder(request: pytest.FixtureRequest) -> TinyDecoder:
+    """Each exporter's graph of the tiny decoder in turn, in ONNX's own operators."""
+    decoder: TinyDecoder = request.getfixturevalue(request.param)
+    return decoder
+
+
+@pytest.fixture(params=["exported_decoder", "dynamo_decoder", "torchscript_decoder", "fused_decoder"])
 def any_decoder(request: pytest.FixtureRequest) -> TinyDecoder:
     """Each exporter's graph of the tiny decoder in turn."""
     decoder: TinyDecoder = request.getfixturevalue(request.param)

@@ -168,7 +168,7 @@ def exporter_warnings() -> Iterator[None]:
         yield
 
 
-def export_with_transformers(lalm: Lalm, folder: Path) -> TinyDecoder:
+def export_with_transformers(lalm: Lalm, folder: Path, *, ort_fusions: Any = None) -> TinyDecoder:
     embeds, mask, positions, past = _sample()
     cache = DynamicCache()
     for layer in range(tiny_lalm.LAYERS):
@@ -180,7 +180,8 @@ def export_with_transformers(lalm: Lalm, folder: Path) -> TinyDecoder:
         "past_key_values": cache,
     }
     with exporter_warnings():
-        program = OnnxExporter().export(_CacheDecoder(lalm.model).eval(), arguments, OnnxConfig(dynamic=True))
+        config = OnnxConfig(dynamic=True, ort_fusions=ort_fusions)
+        program = OnnxExporter().export(_CacheDecoder(lalm.model).eval(), arguments, config)
         program.save_pretrained(folder)
     return TinyDecoder(folder / "model.onnx", lalm.model)
 

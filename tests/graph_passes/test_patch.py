@@ -260,10 +260,10 @@ def test_metadata_that_the_graph_carries_survives(exported_decoder: TinyDecoder)
     assert metadata(result.model)[FINGERPRINT_KEY] == "ab"
 
 
-def test_the_patched_graph_passes_onnxs_own_checker(any_decoder: TinyDecoder, tmp_path: Path) -> None:
+def test_the_patched_graph_passes_onnxs_own_checker(standard_decoder: TinyDecoder, tmp_path: Path) -> None:
     plan = plan_of(*(edit_of(*kind, layer=layer) for kind in KINDS for layer in range(LAYERS)))
-    model = patch_model(any_decoder.proto, plan).model
-    path = any_decoder.path.with_name("checked.onnx")  # beside its external data
+    model = patch_model(standard_decoder.proto, plan).model
+    path = standard_decoder.path.with_name("checked.onnx")  # beside its external data
     write_graph(model, path)
     onnx.checker.check_model(path, full_check=True)
     path.unlink()

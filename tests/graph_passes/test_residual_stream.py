@@ -324,16 +324,6 @@ def test_a_merged_decoder_is_refused(tmp_path: Path) -> None:
         find_residual_stream(proto)
 
 
-@pytest.mark.parametrize("op", ["SkipSimplifiedLayerNormalization", "SkipLayerNormalization"])
-def test_a_graph_fused_for_a_runtime_is_refused(op: str, tmp_path: Path) -> None:
-    _, proto = hand_decoder(Variant(), tmp_path / "model.onnx")
-    proto.graph.node.append(
-        helper.make_node(op, ["logits", "logits", "logits"], ["fused"], name="f", domain="com.microsoft")
-    )
-    with pytest.raises(UnsupportedError, match=f"{op} 'f' fuses a residual add"):
-        find_residual_stream(proto)
-
-
 def test_a_cache_that_no_block_reads_is_an_error(tmp_path: Path) -> None:
     _, proto = hand_decoder(Variant(), tmp_path / "model.onnx")
     proto.graph.input.append(helper.make_tensor_value_info("past.3.key", TensorProto.FLOAT, [2, 2, 3, 8]))
