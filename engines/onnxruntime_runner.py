@@ -85,10 +85,11 @@ class OnnxRuntimeRunner:
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """All outputs by name. Raises `InputError` for inputs that do not fit the graph."""
+        session = self.session
         check_feeds(self.inputs, feeds)
         names = [spec.name for spec in self.outputs]
         try:
-            results = self.session.run(names, dict(feeds))
+            results = session.run(names, dict(feeds))
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed to run the graph: {_first_line(error)}") from error
         return dict(zip(names, results, strict=True))
@@ -119,9 +120,10 @@ class OnnxRuntimeDecoder(OnnxRuntimeRunner):
 
     def step(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one step and extend the cache; the outputs by name, those of the cache left out."""
+        session = self.session
         check_feeds(self._fed, feeds)
         batch = next(iter(feeds.values())).shape[0]
-        binding = self.session.io_binding()
+        binding = session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for spec in self.inputs:
@@ -131,7 +133,7 @@ class OnnxRuntimeDecoder(OnnxRuntimeRunner):
         for spec in self.outputs:
             binding.bind_output(spec.name)
         try:
-            self.session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed to run the decoder: {_first_line(error)}") from error
         values = dict(zip((spec.name for spec in self.outputs), binding.get_outputs(), strict=True))

@@ -32,6 +32,8 @@ def patch(
     source, target = Path(decoder), Path(output)
     graph = read_graph(source)
     chosen = plan if isinstance(plan, SteeringPlan) else SteeringPlan.load(plan)
+    if target.name in {file.location for file in external_files(graph)}:
+        raise InputError(f"{target}: is the name of the decoder's external data; name another output")
     result = patch_model(graph, chosen, force=force, last_from=last_from)
     with staged_file(target, overwrite=overwrite) as staged:
         if target.resolve().parent != source.resolve().parent:

@@ -20,7 +20,7 @@ from calibration.calibrate import CalibrationSettings, calibrate
 from calibration.checkpoint import fingerprint, parameter_count, read_config
 from calibration.errors import InputError, ParityError
 from calibration.lalm import Lalm, load_lalm
-from calibration.plan import SteeringPlan
+from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.requests import SpokenRequest, read_requests, requests_digest
 from engines.limits import limits_for
 from engines.report import ParityReport, Verdict
@@ -107,6 +107,8 @@ class BuildSettings:
         if self.dtype not in BYTES_PER_PARAMETER:
             raise InputError(f"dtype is {self.dtype!r}; expected one of {', '.join(BYTES_PER_PARAMETER)}")
         object.__setattr__(self, "parity", dataclasses.replace(self.parity, precision=self.dtype))
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
         limits_for(self.parity.backend, self.dtype)  # what cannot be proven is refused before it is built
 
 
@@ -155,24 +157,23 @@ def build(
     target = Path(output)
     inputs = read_inputs(Path(model), settings)
     earlier = _earlier(target)
-    if earlier is not None and earlier.stages == inputs.stages:
+    reusable = _reusable(target, earlier, inputs)
+    if earlier is not None and "verify" in reusable:
         return _up_to_date(target, earlier)
     check_output(target, overwrite=settings.overwrite)
     _check_space(target, inputs.model, settings)
-    reusable = {} if earlier is None else earlier.stages
     with staged_directory(target, overwrite=settings.overwrite) as folder:
         lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
         _write_frontend(lalm, folder)
-        reused = []
-        plan = _reused_plan(target, reusable, inputs)
-        if plan is not None:
-            reused.append("calibrate")
-        else:
-            plan = make_plan(lalm, settings, progress)
+        plan = (
+            SteeringPlan.load(target / PLAN)
+            if "calibrate" in reusable
+            else make_plan(lalm, settings, progress)
+        )
         (folder / PLAN).parent.mkdir()
         plan.save(folder / PLAN)
-        if _reuse_export(target, folder, reusable, inputs):
-            reused.append("export")
+        if earlier is not None and "export" in reusable:
+            _copy_export(target, earlier, folder)
         else:
             export_components(lalm, folder, progress)
         requests = parity_requests(inputs.harmful, inputs.benign, count=settings.parity.prompts)
@@ -205,7 +206,7 @@ def build(
         parity_table=report.table(),
         behaviour=None if behaviour is None else behaviour.to_json(),
         behaviour_table=None if behaviour is None else behaviour.table(),
-        reused=tuple(reused),
+        reused=reusable,
     )
 
 
@@ -216,15 +217,12 @@ def preview(model: str | Path, output: str | Path, settings: BuildSettings) -> B
     earlier = _earlier(target)
     parameters = parameter_count(inputs.model)
     weights = parameters * BYTES_PER_PARAMETER[settings.dtype]
-    done = {} if earlier is None else earlier.stages
-    if earlier is not None and done == inputs.stages:
+    reusable = _reusable(target, earlier, inputs)
+    if "verify" in reusable:
         steps = [(stage, "up to date") for stage in inputs.stages]
     else:
         check_output(target, overwrite=settings.overwrite)
-        steps = [
-            (stage, "reused" if stage != "verify" and done.get(stage) == key else "run")
-            for stage, key in inputs.stages.items()
-        ]
+        steps = [(stage, "reused" if stage in reusable else "run") for stage in inputs.stages]
     return BuildPreview(tuple(steps), parameters, weights, MEMORY_COPIES * weights)
 
 
@@ -265,7 +263,16 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
 def make_plan(lalm: Lalm, settings: BuildSettings, progress: Progress | None) -> SteeringPlan:
     """Load the plan that was given, or calibrate one."""
     if settings.plan is not None:
-        return SteeringPlan.load(settings.plan)
+        plan = SteeringPlan.load(settings.plan)
+        parts = lalm.parts
+        check_plan_fits(
+            plan,
+            hidden_size=parts.hidden_size,
+            num_layers=len(parts.blocks),
+            fingerprint=lalm.fingerprint,
+            force=settings.force,
+        )
+        return plan
     return calibrate(lalm, settings.harmful, settings.benign, settings.calibration, progress=progress)
 
 
@@ -361,8 +368,38 @@ def _earlier(target: Path) -> Manifest | None:
         return None
 
 
+def _reusable(target: Path, earlier: Manifest | None, inputs: BuildInputs) -> tuple[str, ...]:
+    """Stages of the bundle at the output whose inputs are the same and whose files are what they were."""
+    if earlier is None:
+        return ()
+    exported = _exported_files(earlier)
+    files = {"calibrate": [PLAN.as_posix()], "export": exported, "verify": list(earlier.files)}
+    if UNSTEERED_DECODER.as_posix() not in exported:
+        del files["export"]
+    fresh = []
+    for stage, names in files.items():
+        if earlier.stages.get(stage) != inputs.stages[stage]:
+            continue
+        if (altered := earlier.altered(target, names)) is not None:
+            logger.warning("%s: was altered since it was built; %s is not reused", target / altered, stage)
+            continue
+        fresh.append(stage)
+    return tuple(fresh)
+
+
+def _exported_files(manifest: Manifest) -> list[str]:
+    """What `export` wrote into a bundle: everything in its ONNX folder but the steered decoder."""
+    inside = f"{ONNX_FOLDER.as_posix()}/"
+    return [name for name in manifest.files if name.startswith(inside) and name != STEERED_DECODER.as_posix()]
+
+
+def _copy_export(target: Path, manifest: Manifest, folder: Path) -> None:
+    for name in _exported_files(manifest):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(target / name, folder / name)
+
+
 def _up_to_date(target: Path, manifest: Manifest) -> BuildResult:
-    manifest.check_hashes(target)
     parity = json.loads((target / PARITY_REPORT).read_text(encoding="utf-8"))
     behaviour = None
     if (target / BEHAVIOUR_REPORT).is_file():
@@ -375,21 +412,6 @@ def _up_to_date(target: Path, manifest: Manifest) -> BuildResult:
         behaviour_table=None if behaviour is None else behaviour["table"],
         reused=tuple(manifest.stages),
     )
-
-
-def _reused_plan(target: Path, done: dict[str, str], inputs: BuildInputs) -> SteeringPlan | None:
-    if done.get("calibrate") != inputs.stages["calibrate"]:
-        return None
-    return SteeringPlan.load(target / PLAN)
-
-
-def _reuse_export(target: Path, folder: Path, done: dict[str, str], inputs: BuildInputs) -> bool:
-    if done.get("export") != inputs.stages["export"] or not (target / UNSTEERED_DECODER).is_file():
-        return False
-    shutil.copytree(
-        target / ONNX_FOLDER, folder / ONNX_FOLDER, ignore=shutil.ignore_patterns(STEERED_DECODER.name)
-    )
-    return True
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

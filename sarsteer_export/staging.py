@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.errors import InputError
+from calibration.errors import InputError, SarsteerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+FULL = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "no space left in the disk quota",
+    errno.EFBIG: "a file grew over the largest size allowed here (see ulimit -f)",
+}
+"""Errors of a writer that ran out of room, by errno."""
+RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust (tokenizers, safetensors) show an errno in an exception of their own."""
+NUMPY_WRITE_FAILED = ("problem writing element", "Not enough free space")
+"""How numpy's `tofile` begins when a write came up short; its `OSError` has no errno."""
+FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 def check_output(path: str | Path, *, overwrite: bool) -> Path:
@@ -33,47 +46,91 @@ def staged_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     With `overwrite`, what stood at `path` is replaced at the end, and kept until then.
     """
     target = check_output(path, overwrite=overwrite)
-    with _clear_write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    with _staging(target) as staging:
+        folder, old = staging / "new", staging / "old"
+        folder.mkdir()
+        yield folder
         try:
-            folder = staging / "new"
-            folder.mkdir()
-            yield folder
             if target.exists():
-                target.replace(staging / "old")
+                target.replace(old)
             folder.replace(target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        except BaseException:
+            if old.exists():
+                old.replace(target)
+            raise
 
 
 @contextmanager
 def staged_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A file path to write; it becomes `path` when the block ends well. Files written beside it come along."""
     target = check_output(path, overwrite=overwrite)
+    if target.is_dir():
+        raise InputError(f"{target}: is a directory; expected the name of a file")
+    with _staging(target) as staging:
+        yield staging / target.name
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == target.name):
+            file.replace(target.parent / file.name)
+
+
+def out_of_room(error: Exception) -> str | None:
+    """What ran out, when that is why a write failed; some libraries hide the errno, or lose it."""
+    if isinstance(error, OSError) and str(error).startswith(NUMPY_WRITE_FAILED):
+        return "a file could not be written whole; no space left, or over the largest size allowed here"
+    shown = RUST_ERRNO.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(shown[1]) if shown else None
+    return None if number is None else FULL.get(number)
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target`; when the block fails, the folders made for it are removed too."""
+    made: list[Path] = []
     with _clear_write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            yield staging / target.name
-            for file in sorted(staging.iterdir(), key=lambda file: file.name == target.name):
-                file.replace(target.parent / file.name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            _make_folders(target.parent, made)
+            staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            try:
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        except BaseException:
+            for folder in reversed(made):
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    """Make `folder` and its parents; those that were not there are noted in `made`."""
+    if folder.is_dir():
+        return
+    _make_folders(folder.parent, made)
+    folder.mkdir(exist_ok=True)
+    made.append(folder)
 
 
 @contextmanager
 def _clear_write_errors(target: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{target}: no space left on the device; nothing was written") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+    except SarsteerError:
+        raise
+    except Exception as error:
+        if reason := out_of_room(error):
+            raise InputError(f"{target}: {reason}; nothing was written") from error
+        if isinstance(error, OSError) and error.errno in FORBIDDEN and _concerns(error, target):
             raise InputError(
                 f"{target}: cannot be written ({error.strerror}); nothing was written"
             ) from error
         raise
+
+
+def _concerns(error: OSError, target: Path) -> bool:
+    """Whether an error is about the output, and not about a file that is read meanwhile."""
+    if error.filename is None:
+        return True
+    place, parent = Path(error.filename).absolute(), target.absolute().parent
+    return place.is_relative_to(parent) or parent.is_relative_to(place)
 
 
 def nearest_folder(target: Path) -> Path:

@@ -56,6 +56,7 @@ class Bundle:
         self._providers = tuple(providers)
         self._sessions = ExitStack()
         self._runners: dict[Path, Any] = {}
+        self._latest: object = None
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +100,8 @@ class Bundle:
             raise InputError(
                 f"{len(audios)} clips for {len(texts)} texts; expected one clip (or None) per text"
             )
+        if not texts:
+            return []
         rows: list[list[int]] = [[] for _ in texts]
         for tokens in self._tokens(audios, texts, max_new_tokens=max_new_tokens, steering=steering):
             for row, token in zip(rows, tokens, strict=True):
@@ -109,7 +112,11 @@ class Bundle:
     def stream(
         self, audio: Clip, text: str, *, max_new_tokens: int = 128, steering: bool = True
     ) -> Iterator[str]:
-        """Answer one request piece by piece; the pieces joined are what `generate` returns."""
+        """Answer one request piece by piece; the pieces joined are what `generate` returns.
+
+        A bundle answers one request (or batch) at a time: when another is started before this one has ended,
+        the next piece of this one raises `RuntimeError`.
+        """
         ids: list[int] = []
         shown = ""
         for (token,) in self._tokens([audio], [text], max_new_tokens=max_new_tokens, steering=steering):
@@ -136,7 +143,13 @@ class Bundle:
         embeds, mask = prompts.embeds, prompts.mask
         done = np.zeros(len(texts), dtype=bool)
         decoder.reset()
+        self._latest = ours = object()
         for _ in range(max_new_tokens):
+            if self._latest is not ours:
+                raise RuntimeError(
+                    "another request was started on this bundle before this answer ended; finish one stream "
+                    "before the next, or open the bundle twice"
+                )
             positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -embeds.shape[1] :]
             outputs = decoder.step(
                 {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
@@ -179,8 +192,12 @@ class Bundle:
             return load_audio(
                 clip, sampling_rate=self.frontend.sampling_rate, max_seconds=self.frontend.max_audio_seconds
             )
-        if clip.ndim != 1:
+        if clip.ndim != 1 or clip.size == 0:
             raise InputError(f"the clip has shape {clip.shape}; expected mono samples (n,)")
+        if not np.issubdtype(clip.dtype, np.floating):
+            raise InputError(f"the clip is {clip.dtype}; expected floating-point samples from -1 to 1")
+        if not np.isfinite(clip).all():
+            raise InputError("the clip holds samples that are NaN or infinite")
         return np.asarray(clip, dtype=np.float32)
 
     def _encode_audio(self, clips: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:

@@ -37,12 +37,19 @@ class Frontend:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer."""
-        return Tokenizer.from_file(str(self.folder / TOKENIZER))
+        try:
+            return Tokenizer.from_file(str(self.folder / TOKENIZER))
+        except Exception as error:  # the library raises Exception itself
+            raise InputError(f"{self.folder / TOKENIZER}: not a readable tokenizer ({error})") from error
 
     @cached_property
     def extractor(self) -> dict[str, Any]:
         """The feature extractor's settings. Raises `UnsupportedError` for another kind than Whisper's."""
-        settings = json.loads((self.folder / PROCESSOR).read_text(encoding="utf-8"))["feature_extractor"]
+        path = self.folder / PROCESSOR
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))["feature_extractor"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: holds no settings of a feature extractor ({error})") from error
         check_extractor(settings)
         return dict(settings)
 

@@ -10,9 +10,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibration.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FORMAT = "sarsteer-bundle"
 VERSION = 1
@@ -81,14 +84,48 @@ class Manifest:
         if missing := [name for name in names if name not in content]:
             raise InputError(f"{path}: lacks {', '.join(missing)}")
         manifest = cls(**{name: content[name] for name in names})
+        if (wrong := manifest._malformed()) is not None:
+            raise InputError(f"{path}: {wrong} is malformed")
         manifest._check_files(folder)
         return manifest
 
     def check_hashes(self, folder: Path) -> None:
         """Raise `InputError` naming a file whose content is not what the manifest says."""
-        for name, entry in self.files.items():
-            if file_sha256(folder / name) != entry["sha256"]:
-                raise InputError(f"{folder / name}: its sha256 is not the manifest's; the bundle was altered")
+        if (name := self.altered(folder, list(self.files))) is not None:
+            raise InputError(f"{folder / name}: its sha256 is not the manifest's; the bundle was altered")
+
+    def altered(self, folder: Path, names: Sequence[str]) -> str | None:
+        """The first of the named files whose content is not what the manifest says."""
+        return next(
+            (
+                name
+                for name in names
+                if name not in self.files or file_sha256(folder / name) != self.files[name]["sha256"]
+            ),
+            None,
+        )
+
+    def _malformed(self) -> str | None:
+        """The first part that is not of the kind that readers rely on."""
+        for field in dataclasses.fields(self):
+            kind = {"plan_sha256": str, "edits": list}.get(field.name, dict)
+            if not isinstance(getattr(self, field.name), kind):
+                return field.name
+        ends = self.tokens.get("end")
+        checks = {
+            "model": all(isinstance(self.model.get(name), str) for name in ("class", "fingerprint", "dtype")),
+            "tokens": isinstance(self.tokens.get("audio"), int)
+            and isinstance(ends, list)
+            and all(isinstance(token, int) for token in ends),
+            "parity": "verdict" in self.parity,
+            "files": all(
+                isinstance(entry, dict)
+                and isinstance(entry.get("bytes"), int)
+                and isinstance(entry.get("sha256"), str)
+                for entry in self.files.values()
+            ),
+        }
+        return next((name for name, good in checks.items() if not good), None)
 
     def _check_files(self, folder: Path) -> None:
         for name, entry in self.files.items():

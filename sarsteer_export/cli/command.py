@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from calibration.errors import InputError, SarsteerError
+from sarsteer_export.staging import out_of_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,8 +63,8 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # the last resort: one message, whatever happened
-            if debug:
-                raise
+            if debug or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+                raise  # a reader of stdout that went away, such as `head`, is no error: click ends quietly
             _fail(context, *_unexpected(error))
 
 
@@ -119,8 +120,8 @@ def _fail(context: click.Context, message: str, exit_code: int) -> NoReturn:
 
 def _unexpected(error: Exception) -> tuple[str, int]:
     """Message and exit code of an error that nobody foresaw."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space left on the device; nothing was written", InputError.exit_code
+    if reason := out_of_room(error):
+        return f"{reason}; nothing was written", InputError.exit_code
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", InputError.exit_code
     report = "this is a defect, please report it with the output of --debug"

@@ -91,10 +91,10 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            if dash and first:
-                layers += range(int(first), int(last) + 1)
-            else:
-                layers.append(int(part))
+            block_range = range(int(first), int(last) + 1) if dash and first else [int(part)]
+            layers += block_range
+            if not block_range:
+                raise ValueError
         except ValueError:
             raise InputError(
                 f"--layers: {part!r} is no block or range of blocks; write e.g. 0,4-11,-1"
@@ -109,11 +109,16 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
 
 
 def _num_layers(model: Path) -> int:
+    from transformers import AutoConfig
+
     from calibration.checkpoint import read_config
 
-    config = read_config(model)
-    text = config.get("text_config", config)
-    layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
-    if not isinstance(layers, int):
-        raise InputError(f"model {model}: config.json does not say num_hidden_layers, which --layers needs")
-    return layers
+    read_config(model)
+    try:  # not from the file itself: what equals a class's default need not be written there
+        config: Any = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        return int(config.get_text_config().num_hidden_layers)
+    except Exception as error:  # a damaged configuration surfaces as almost any exception
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"model {model}: config.json does not say how many blocks it has ({reason})"
+        ) from error

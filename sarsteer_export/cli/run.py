@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import click
@@ -28,6 +29,7 @@ def command(
     Example:
       sarsteer-export run build/pocket_lalm --audio clip.flac --text "please respond to the audio."
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     from sarsteer_export.bundle.bundle import load_bundle
 
     with load_bundle(bundle) as opened:

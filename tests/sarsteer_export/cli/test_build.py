@@ -1,0 +1,300 @@
+"""`build`: a complete, proven bundle or nothing; and what a second build does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+import engines.limits
+from calibration.plan import SteeringPlan
+from sarsteer_export import load_bundle
+from sarsteer_export.bundle.manifest import (
+    AUDIO_ENCODER,
+    BEHAVIOUR_REPORT,
+    CHAT_TEMPLATE,
+    EMBED_TOKENS,
+    MANIFEST,
+    ONNX_FOLDER,
+    PARITY_PAGE,
+    PARITY_REPORT,
+    PLAN,
+    PROCESSOR,
+    STEERED_DECODER,
+    TOKENIZER,
+    UNSTEERED_DECODER,
+    file_sha256,
+)
+from tests.sarsteer_export.command_line import answered, answered_json, listing, one_error, refused, sarsteer
+from tests.sarsteer_export.conftest import Inputs
+
+PARTS = (
+    *(CHAT_TEMPLATE, PROCESSOR, TOKENIZER, PLAN, PARITY_REPORT, PARITY_PAGE, BEHAVIOUR_REPORT),
+    *(STEERED_DECODER, UNSTEERED_DECODER, AUDIO_ENCODER, EMBED_TOKENS),
+    *(file.with_name(f"{file.name}_data") for file in (STEERED_DECODER, AUDIO_ENCODER, EMBED_TOKENS)),
+)
+
+
+def test_a_bundle_holds_every_part_and_its_manifest_names_every_file(bundle_path: Path) -> None:
+    manifest = json.loads((bundle_path / MANIFEST).read_text(encoding="utf-8"))
+    present = {name for name, kind in listing(bundle_path).items() if kind != "folder"}
+    assert {part.as_posix() for part in PARTS} <= present
+    assert set(manifest["files"]) == present - {MANIFEST}
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == file_sha256(bundle_path / name)
+        assert entry["bytes"] == (bundle_path / name).stat().st_size
+    assert list(bundle_path.parent.iterdir()) == [bundle_path], "a staging folder was left behind"
+
+
+def test_a_bundle_holds_regular_files_alone(bundle_path: Path) -> None:
+    for path in bundle_path.rglob("*"):
+        mode = path.lstat().st_mode
+        assert stat.S_ISREG(mode) or stat.S_ISDIR(mode), path
+        assert path.lstat().st_nlink == 1 or path.is_dir(), f"{path} is a hard link"
+        assert mode & 0o444 == 0o444, f"{path} cannot be read by everyone"
+
+
+def test_a_bundle_says_nothing_of_the_machine_it_was_built_on(bundle_path: Path, inputs: Inputs) -> None:
+    for path in bundle_path.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            for place in (inputs.model, inputs.harmful.parent, bundle_path, Path(__file__).parents[3]):
+                assert str(place).encode() not in content, f"{path} names {place}"
+
+
+def test_the_manifest_maps_each_edit_to_the_graph(bundle_path: Path, plan: SteeringPlan) -> None:
+    manifest = json.loads((bundle_path / MANIFEST).read_text(encoding="utf-8"))
+    graph = answered_json(sarsteer("inspect", bundle_path / STEERED_DECODER, "--json"))
+    assert [edit["layer"] for edit in manifest["edits"]] == [edit.layer for edit in plan.edits]
+    outputs = {block["index"]: block["output"] for block in graph["stream"]["blocks"]}
+    constants = {constant["name"] for constant in graph["steering"]}
+    for edit in manifest["edits"]:
+        assert edit["anchor"] == outputs[edit["layer"]]
+        assert set(edit["constants"]) & constants
+    assert manifest["plan_sha256"] == plan.digest()
+    decoder = manifest["graphs"][STEERED_DECODER.as_posix()]
+    assert [port["name"] for port in decoder["inputs"]] == [port["name"] for port in graph["inputs"]]
+
+
+def test_a_build_proves_itself(build_result: tuple[Path, Result], bundle_path: Path) -> None:
+    found = answered_json(build_result[1])
+    assert found["bundle"] == str(bundle_path)
+    assert found["reused"] == []
+    parity = found["parity"]
+    assert parity["verdict"] == "passed"
+    assert [case["case"] for case in parity["cases"]] == ["left padding", "right padding"]
+    for case in parity["cases"]:
+        names = {control["name"] for control in case["controls"]}
+        assert names == {"unsteered", "wrong sign", "wrong positions", "wrong layer"}
+        assert all(control["caught"] for control in case["controls"])
+        assert len(case["logits_difference"]) == 1 + 3
+        figures = {item["what"] for item in case["measurements"]}
+        assert {"KV cosine", "block cosine", "logits effect cosine", "logits KL"} <= figures
+    report = json.loads((bundle_path / PARITY_REPORT).read_text(encoding="utf-8"))
+    assert report["table"].endswith("verdict: passed")
+    assert {name: report[name] for name in parity} == parity
+
+
+def test_a_build_measures_behaviour_when_it_is_given_requests(
+    build_result: tuple[Path, Result], bundle_path: Path
+) -> None:
+    behaviour = answered_json(build_result[1])["behaviour"]
+    kinds = [(row["requests"], row["system"], row["runtime"], row["count"]) for row in behaviour["rows"]]
+    assert kinds == [
+        (kind, system, runtime, count)
+        for kind, count in (("harmful", 6), ("benign", 5))
+        for system in ("undefended", "steered")
+        for runtime in ("eager", "onnxruntime-cpu")
+    ]
+    assert all(
+        row["refusals"] + row["answers"] + row["degenerate"] == row["count"] for row in behaviour["rows"]
+    )
+    assert behaviour["identical"] == {"undefended": 1.0, "steered": 1.0}
+    report = json.loads((bundle_path / BEHAVIOUR_REPORT).read_text(encoding="utf-8"))
+    assert len(report["table"].splitlines()) == 1 + 8 + 2
+    assert report["rows"] == behaviour["rows"]
+
+
+def test_a_second_build_with_the_same_inputs_does_nothing(bundle_path: Path, inputs: Inputs) -> None:
+    before = {path: path.stat().st_mtime_ns for path in bundle_path.rglob("*")}
+    text = answered(sarsteer(*inputs.build, "-o", bundle_path))
+    assert "reused: calibrate, export, verify\n" in text
+    assert "verdict: passed\n" in text
+    assert "eager and engine say the same, steered: 100.0%\n" in text
+    assert text.endswith(f"bundle: {bundle_path}\n")
+    assert {path: path.stat().st_mtime_ns for path in bundle_path.rglob("*")} == before
+
+
+def test_changed_inputs_need_overwrite_and_reuse_what_did_not_change(
+    bundle_copy: Path, inputs: Inputs
+) -> None:
+    before = listing(bundle_copy)
+    given = (*inputs.quick_build, "--alpha", "1.5", "-o", bundle_copy)
+    refused(sarsteer(*given), str(bundle_copy), "exists", "--overwrite")
+    assert listing(bundle_copy) == before
+    dry = answered_json(sarsteer(*given, "--overwrite", "--dry-run", "--json"))
+    assert dry["steps"] == [["calibrate", "run"], ["export", "reused"], ["verify", "run"]]
+    found = answered_json(sarsteer(*given, "--overwrite", "--json"))
+    assert found["reused"] == ["export"]
+    assert {edit.strength for edit in SteeringPlan.load(bundle_copy / PLAN).edits} == {1.5}
+    after = listing(bundle_copy)
+    kept = {name for name in after if after[name] == before.get(name) != "folder"}
+    assert {UNSTEERED_DECODER.as_posix(), AUDIO_ENCODER.as_posix(), TOKENIZER.as_posix()} <= kept
+    assert not {STEERED_DECODER.as_posix(), PLAN.as_posix(), PARITY_REPORT.as_posix()} & kept
+    assert list(bundle_copy.parent.iterdir()) == [bundle_copy]
+
+
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x40
+    path.write_bytes(bytes(content))
+
+
+def test_an_altered_bundle_is_not_up_to_date(bundle_copy: Path, inputs: Inputs) -> None:
+    flip_last_byte(bundle_copy / CHAT_TEMPLATE)
+    before = listing(bundle_copy)
+    result = sarsteer(*inputs.build, "-o", bundle_copy)
+    refused(result, "exists", "--overwrite")
+    assert f"warning: {bundle_copy / CHAT_TEMPLATE}: was altered since it was built" in result.stderr
+    assert listing(bundle_copy) == before
+    (bundle_copy / ONNX_FOLDER / "stowaway.onnx").write_bytes(b"payload")
+    result = sarsteer(*inputs.quick_build, "-o", bundle_copy, "--overwrite", "--json")
+    assert answered_json(result)["reused"] == ["calibrate", "export"]
+    assert not list(bundle_copy.rglob("stowaway*")), "a file that the manifest does not name was carried over"
+    load_bundle(bundle_copy).manifest.check_hashes(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("altered", "reused"),
+    [(PLAN, ["export"]), (AUDIO_ENCODER, ["calibrate"]), (STEERED_DECODER, ["calibrate", "export"])],
+)
+def test_a_stage_whose_files_were_altered_is_not_reused(
+    bundle_copy: Path, bundle_path: Path, inputs: Inputs, altered: Path, reused: list[str]
+) -> None:
+    flip_last_byte(bundle_copy / altered)
+    result = sarsteer(*inputs.build, "-o", bundle_copy, "--overwrite", "--json", "--dry-run")
+    steps = dict(answered_json(result)["steps"])
+    assert [stage for stage, fate in steps.items() if fate == "reused"] == reused
+    assert steps["verify"] == "run"
+    if altered == PLAN:  # one real build: what was altered is computed anew and is what it was
+        found = answered_json(sarsteer(*inputs.quick_build, "-o", bundle_copy, "--overwrite", "--json"))
+        assert found["reused"] == reused
+        assert (bundle_copy / PLAN).read_bytes() == (bundle_path / PLAN).read_bytes()
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(inputs: Inputs, tmp_path: Path) -> None:
+    given = (*inputs.build, "-o", tmp_path / "new" / "bundle", "--dry-run")
+    text = answered(sarsteer(*given))
+    assert [line.split()[:2] for line in text.splitlines()[:3]] == [
+        ["calibrate", "run"],
+        ["export", "run"],
+        ["verify", "run"],
+    ]
+    for word in ("parameters", "disk", "memory"):
+        assert f"\n{word} " in text
+    found = answered_json(sarsteer(*given, "--json"))
+    parameters = found["parameters"]
+    assert parameters > 100_000
+    assert found["disk_bytes"] == 4 * parameters
+    assert found["memory_bytes"] >= 2 * found["disk_bytes"]
+    assert listing(tmp_path) == {}
+
+
+def test_a_dry_run_over_a_finished_bundle_says_so(bundle_path: Path, inputs: Inputs) -> None:
+    found = answered_json(sarsteer(*inputs.build, "-o", bundle_path, "--dry-run", "--json"))
+    assert {fate for _, fate in found["steps"]} == {"up to date"}
+
+
+def test_a_given_plan_is_used_as_it_is(bundle_copy: Path, inputs: Inputs, plan: SteeringPlan) -> None:
+    given = SteeringPlan(plan.hidden_size, plan.num_layers, plan.edits[1:2], plan.provenance)
+    given.save(bundle_copy.parent / "mine.safetensors")
+    options = ("--plan", bundle_copy.parent / "mine.safetensors", "--no-unsteered", "--prompts", "1")
+    head = ("build", inputs.model, *inputs.data, *options, "-o", bundle_copy, "--overwrite")
+    result = sarsteer(*head, "--json")
+    found = answered_json(result)
+    assert found["reused"] == ["export"]
+    assert found["behaviour"] is None
+    assert "harmful: " not in result.stderr, "it calibrated all the same"
+    assert SteeringPlan.load(bundle_copy / PLAN) == given
+    assert not (bundle_copy / UNSTEERED_DECODER).exists()
+    with load_bundle(bundle_copy) as bundle:
+        assert not bundle.has_unsteered
+        assert len(bundle.manifest.edits) == 1
+    assert "reused: calibrate, export, verify\n" in answered(sarsteer(*head)), (
+        "the same build again does nothing"
+    )
+
+
+def test_a_plan_for_another_model_is_refused_before_anything_is_exported(
+    bundle_path: Path, inputs: Inputs, other_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("it exported")
+
+    monkeypatch.setattr("sarsteer_export.pipeline.export_components", refuse)
+    given = ("build", other_checkpoint, *inputs.data, "--plan", bundle_path / PLAN, "-o", tmp_path / "bundle")
+    refused(sarsteer(*given), "made for another model", "--force")
+    assert listing(tmp_path) == {}
+    forced = sarsteer(*given, "--force", "--debug")
+    assert isinstance(forced.exception, AssertionError), "--force did not get past the check"
+
+
+def test_when_parity_fails_nothing_is_written_and_the_figures_are_named(
+    bundle_copy: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = ("onnxruntime-cpu", "float32")
+    strict = _replaced(engines.limits.LIMITS[key], effect_ratio=0.0)
+    monkeypatch.setitem(engines.limits.LIMITS, key, strict)
+    before = listing(bundle_copy.parent)
+    result = sarsteer(*inputs.quick_build, "--alpha", "1.5", "-o", bundle_copy, "--overwrite")
+    assert result.exit_code == 6
+    assert result.stdout == ""
+    error = result.stderr[result.stderr.index("Error: ") :].splitlines()
+    assert error[0].endswith("nothing was written:")
+    assert error[1:], "no figure is named"
+    assert all(line.startswith("  ") for line in error[1:])
+    assert any("effect norm ratio" in line and "limit 0" in line for line in error[1:])
+    assert listing(bundle_copy.parent) == before
+
+
+def test_when_the_export_itself_is_wrong_nothing_is_patched(
+    bundle_copy: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = ("onnxruntime-cpu", "float32")
+    monkeypatch.setitem(engines.limits.LIMITS, key, _replaced(engines.limits.LIMITS[key], max_abs=0.0))
+    before = listing(bundle_copy.parent)
+    result = sarsteer(*inputs.quick_build, "--alpha", "1.5", "-o", bundle_copy, "--overwrite")
+    assert result.exit_code == 6
+    one_error(result.stderr, "the unsteered export does not agree with the eager model", "limit 0")
+    assert listing(bundle_copy.parent) == before
+
+
+def _replaced(limits: engines.limits.Limits, **changes: float) -> engines.limits.Limits:
+    return dataclasses.replace(limits, **changes)
+
+
+def test_one_eval_file_alone_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    given = ("build", inputs.model, *inputs.data, "-o", tmp_path / "bundle", "--eval-harmful", inputs.harmful)
+    refused(sarsteer(*given), "--eval-benign")
+    assert listing(tmp_path) == {}
+
+
+def test_bfloat16_has_no_limits_and_is_refused_before_any_work(inputs: Inputs, tmp_path: Path) -> None:
+    given = ("build", inputs.model, *inputs.data, "-o", tmp_path / "bundle", "--dtype", "bfloat16")
+    refused(sarsteer(*given), "bfloat16", "onnxruntime-cpu/float32", code=3)
+    assert listing(tmp_path) == {}
+
+
+def test_no_room_on_the_disk_is_seen_before_any_work(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: type(usage)(usage.total, usage.total - 10, 10))
+    given = ("build", inputs.model, *inputs.data, "-o", tmp_path / "bundle")
+    refused(sarsteer(*given), "free")
+    assert listing(tmp_path) == {}

@@ -1,0 +1,64 @@
+"""Ctrl-C in the middle: one message, exit code 130, nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.sarsteer_export.command_line import interrupt, listing, one_error, start
+from tests.sarsteer_export.conftest import Inputs
+
+COMMAND = "import sys; from sarsteer_export.cli import main; main(sys.argv[1:])"
+SLOW_CALIBRATION = """
+import sys, time
+from sarsteer_export.cli import command
+report = command.Progress.__call__
+def slow(self, stage, done, total):
+    report(self, stage, done, total)
+    print("ready", flush=True)
+    time.sleep(60)
+command.Progress.__call__ = slow
+from sarsteer_export.cli import main
+main(sys.argv[1:])
+"""
+
+
+def wait_for(process: subprocess.Popen[str], found: Callable[[], object]) -> None:
+    """Wait until something is there, or the process has ended too early."""
+    while not found():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def interrupted(process: subprocess.Popen[str], place: Path) -> None:
+    done = interrupt(process)
+    assert done.returncode == 130, done.stderr
+    one_error(done.stderr, "interrupted", "nothing was written")
+    assert listing(place) == {}
+
+
+def test_calibrate(inputs: Inputs, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "plan.safetensors"
+    process = start(SLOW_CALIBRATION, "calibrate", inputs.model, *inputs.data, "-o", output)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    interrupted(process, tmp_path)
+
+
+def test_export(inputs: Inputs, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "onnx"
+    process = start(COMMAND, "export", inputs.model, "-o", output)
+    wait_for(process, lambda: list(tmp_path.glob("new/.onnx.*/new")))
+    interrupted(process, tmp_path)
+
+
+@pytest.mark.parametrize("seen", ["steering/plan.safetensors", "onnx/audio_encoder.onnx"])
+def test_build(inputs: Inputs, tmp_path: Path, seen: str) -> None:
+    output = tmp_path / "new" / "bundle"
+    process = start(COMMAND, "build", inputs.model, *inputs.data, "-o", output)
+    wait_for(process, lambda: list(tmp_path.glob(f"new/.bundle.*/new/{seen}")))
+    interrupted(process, tmp_path)

@@ -1,0 +1,205 @@
+"""Outputs are whole or absent; what stood there before stays until its successor is complete."""
+
+from __future__ import annotations
+
+import errno
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from calibration.errors import InputError, ParityError
+from sarsteer_export.staging import check_output, out_of_room, staged_directory, staged_file
+from tests.sarsteer_export.command_line import listing
+
+
+def write(
+    kind: str, path: Path, text: str, *, overwrite: bool = False, error: Exception | None = None
+) -> None:
+    """Write text through a staged file or directory, failing halfway when told to."""
+    context: AbstractContextManager[Path] = (staged_file if kind == "file" else staged_directory)(
+        path, overwrite=overwrite
+    )
+    with context as staged:
+        target = staged if kind == "file" else staged / "content"
+        target.write_text(text[:1], encoding="utf-8")
+        if error is not None:
+            raise error
+        target.write_text(text, encoding="utf-8")
+
+
+def read(kind: str, path: Path) -> str:
+    return (path if kind == "file" else path / "content").read_text(encoding="utf-8")
+
+
+KINDS = pytest.mark.parametrize("kind", ["file", "directory"])
+
+
+@KINDS
+def test_an_output_appears_with_its_parents_and_nothing_beside_it(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "output"
+    write(kind, target, "whole")
+    assert read(kind, target) == "whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@KINDS
+def test_nothing_is_at_the_target_while_it_is_written(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "output"
+    with (staged_file if kind == "file" else staged_directory)(target) as staged:
+        assert not target.exists()
+        (staged if kind == "file" else staged / "content").write_text("x", encoding="utf-8")
+    assert target.exists()
+
+
+@KINDS
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), ParityError("x"), SystemExit(1)])
+def test_after_a_failure_nothing_is_left_not_even_folders_made_for_it(
+    kind: str, error: Exception, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    before = listing(tmp_path)
+    with pytest.raises(type(error)):
+        write(kind, tmp_path / "a" / "b" / "c" / "output", "whole", error=error)
+    assert listing(tmp_path) == before
+
+
+@KINDS
+def test_what_exists_is_replaced_only_when_told_to(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "output"
+    write(kind, target, "old")
+    with pytest.raises(InputError, match="exists; use --overwrite"):
+        write(kind, target, "new")
+    assert read(kind, target) == "old"
+    write(kind, target, "new", overwrite=True)
+    assert read(kind, target) == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@KINDS
+def test_what_exists_survives_a_failure(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "output"
+    write(kind, target, "old")
+    before = listing(tmp_path)
+    with pytest.raises(ValueError, match="halfway"):
+        write(kind, target, "new", overwrite=True, error=ValueError("halfway"))
+    assert listing(tmp_path) == before
+
+
+def test_what_exists_is_put_back_when_the_last_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "output"
+    write("directory", target, "old")
+    before, replace = listing(tmp_path), Path.replace
+
+    def fail_for_the_new_one(path: Path, to: Path) -> Path:
+        if path.name == "new":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return replace(path, to)
+
+    monkeypatch.setattr(Path, "replace", fail_for_the_new_one)
+    with pytest.raises(OSError, match="Input/output"):
+        write("directory", target, "new", overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def test_an_old_directory_is_replaced_whole_not_merged(tmp_path: Path) -> None:
+    target = tmp_path / "output"
+    write("directory", target, "old")
+    (target / "stale").write_text("x", encoding="utf-8")
+    write("directory", target, "new", overwrite=True)
+    assert [file.name for file in target.iterdir()] == ["content"]
+
+
+def test_files_written_beside_a_staged_file_come_along(tmp_path: Path) -> None:
+    target = tmp_path / "graph.onnx"
+    with staged_file(target) as staged:
+        staged.write_text("graph", encoding="utf-8")
+        staged.with_name("weights").write_text("data", encoding="utf-8")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["graph.onnx", "weights"]
+
+
+def test_a_staged_file_appears_last_when_what_it_needs_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, order = Path.replace, []
+
+    def note(path: Path, to: Path) -> Path:
+        order.append(to.name)
+        return replace(path, to)
+
+    monkeypatch.setattr(Path, "replace", note)
+    with staged_file(tmp_path / "graph") as staged:
+        for name in ("a weights", "graph", "z weights"):
+            staged.with_name(name).write_text(name, encoding="utf-8")
+    assert sorted(order[:-1]) == ["a weights", "z weights"]
+    assert order[-1] == "graph"
+
+
+def test_a_file_cannot_replace_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    with pytest.raises(InputError, match="is a directory"), staged_file(tmp_path / "output", overwrite=True):
+        pass
+
+
+@pytest.mark.parametrize("below", ["file/output", "file/a/b/output"])
+def test_an_output_under_a_file_is_refused(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match=r"file is not a directory"):
+        check_output(tmp_path / below, overwrite=False)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left on the device"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk quota"),
+        (OSError(errno.EFBIG, "File too large"), "largest size allowed"),
+        (Exception("No space left on device (os error 28)"), "no space left on the device"),
+        (OSError("problem writing element 1024 to file"), "could not be written whole"),
+        (OSError("Not enough free space to write 4096 bytes"), "could not be written whole"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be written (Permission denied)"),
+        (OSError(errno.EROFS, "Read-only file system"), "cannot be written (Read-only file system)"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else None,
+)
+def test_what_stops_a_write_is_said_in_one_message(
+    kind: str, error: Exception, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as raised:
+        write(kind, tmp_path / "output", "whole", error=error)
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path / 'output'}: ")
+    assert words in message
+    assert message.endswith("; nothing was written")
+    assert listing(tmp_path) == {}
+
+
+def test_a_file_that_may_not_be_read_is_not_called_the_output(tmp_path: Path) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", "/elsewhere/clip.flac")
+    with pytest.raises(PermissionError):
+        write("file", tmp_path / "output", "whole", error=error)
+    inside = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "output"))
+    with pytest.raises(InputError, match="cannot be written"):
+        write("file", tmp_path / "output", "whole", error=inside)
+
+
+def test_a_folder_that_may_not_be_written_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*, prefix: str, dir: Path) -> str:  # noqa: A002 - the name is mkdtemp's
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir / f"{prefix}x"))
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(InputError, match=r"output: cannot be written \(Permission denied\)"):
+        write("directory", tmp_path / "new" / "output", "whole")
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOENT, "x"), ValueError("x"), Exception("x (os error 2)"), OSError("x")]
+)
+def test_other_errors_are_not_a_lack_of_room(error: Exception) -> None:
+    assert out_of_room(error) is None
