@@ -11,7 +11,7 @@ from calibration.directions import SteeringSettings, largest_rank, steering_plan
 from calibration.errors import InputError
 from calibration.lalm import Lalm, load_lalm
 from calibration.requests import SpokenRequest, read_requests, requests_digest
-from calibration.states import collect_states
+from calibration.states import check_clips, collect_states
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +69,7 @@ def calibrate(
             f"{benign}: {len(benign_requests)} benign request; expected at least 2 to span a safe subspace"
         )
     lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
+    check_clips(lalm, (*harmful_requests, *benign_requests))
     provenance = calibration_provenance(lalm, harmful_requests, benign_requests, settings)
     states = collect_states(
         lalm,

@@ -123,21 +123,17 @@ def encode_requests(
     """Turn B user turns into model inputs, left-padded, with the chat template and generation prompt.
 
     `audios` holds one clip per text, (samples,) float32 at the model's sampling rate, or is None for text
-    alone. Position ids follow the attention mask, so that a row's result does not depend on its batch.
+    alone. Position ids follow the attention mask, so that a row's result does not depend on its batch. Raises
+    `InputError` when a text holds the token that stands for audio.
     """
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": ([{"type": "audio", "audio": ""}] if audios is not None else []) + [text],
-            }
-        ]
-        for text in ({"type": "text", "text": text} for text in texts)
-    ]
+    audio_token = lalm.processor.audio_token
+    if any(audio_token in text for text in texts):
+        raise InputError(f"a text holds {audio_token}, which stands for a clip; remove it")
+    clip = [{"type": "audio", "audio": ""}] if audios is not None else []
+    conversations = [[{"role": "user", "content": [*clip, {"type": "text", "text": text}]}] for text in texts]
     prompts = lalm.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
     spoken = {"audio": list(audios), "sampling_rate": lalm.sampling_rate} if audios is not None else {}
-    lalm.processor.tokenizer.padding_side = "left"
-    batch = lalm.processor(text=prompts, return_tensors="pt", padding=True, **spoken)
+    batch = lalm.processor(text=prompts, return_tensors="pt", padding=True, padding_side="left", **spoken)
     inputs = {name: tensor.to(lalm.model.device) for name, tensor in batch.items()}
     if "input_features" in inputs:
         inputs["input_features"] = inputs["input_features"].to(lalm.model.dtype)

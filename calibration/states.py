@@ -87,6 +87,15 @@ def last_position_states(
     return states_BLD.cpu().numpy()
 
 
+def check_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> None:
+    """Read every clip once and drop it, so that a bad one is found before the model has worked for an hour.
+
+    Raises `InputError` naming the clip.
+    """
+    for request in requests:
+        load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
+
+
 def collect_states(
     lalm: Lalm,
     harmful: Sequence[SpokenRequest],

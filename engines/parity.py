@@ -114,6 +114,8 @@ def compare_case(
     if not expect_effect:
         measurements.append(_bit_equality(script, engine))
         return CaseResult(script.name, tuple(measurements), (), (), _differences(script, oracle, engine))
+    if not controls:
+        raise ValueError("parity without negative controls proves nothing; pass at least one")
     effects = tuple(measure_effects(script, oracle, engine))
     measurements += judge_effects(script, effects, limits)
     caught = []

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from calibration.errors import SarsteerError
     from calibration.plan import Add, Positions, Project, Site, SteeringPlan
     from calibration.steered import steered
+    from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.exporting.export import export
     from sarsteer_export.patching import patch
-    from sarsteer_export.pipeline import BuildSettings, build
+    from sarsteer_export.pipeline import build
     from sarsteer_export.verification import ParitySettings, verify
 
 _HOMES = {
     "Add": "calibration.plan",
-    "BuildSettings": "sarsteer_export.pipeline",
+    "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
     "ParitySettings": "sarsteer_export.verification",

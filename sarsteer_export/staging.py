@@ -25,14 +25,23 @@ RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 """How libraries written in Rust (tokenizers, safetensors) show an errno in an exception of their own."""
 NUMPY_WRITE_FAILED = ("problem writing element", "Not enough free space")
 """How numpy's `tofile` begins when a write came up short; its `OSError` has no errno."""
+OURS = ("manifest.json", "decoder_model_merged.onnx")
+"""A folder that holds one of these was written by this program, and may be overwritten by it."""
 FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 def check_output(path: str | Path, *, overwrite: bool) -> Path:
-    """Raise `InputError` when `path` exists and may not be overwritten, or lies under a file."""
+    """Raise `InputError` when `path` exists and may not be overwritten, or lies under a file.
+
+    A folder with other people's files in it is never overwritten.
+    """
     target = Path(path)
     if target.exists() and not overwrite:
         raise InputError(f"{target}: exists; use --overwrite to replace it, or name another output")
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).exists() for name in OURS):
+        raise InputError(
+            f"{target}: a folder that holds neither a bundle nor an export; it is not replaced, remove it yourself"
+        )
     parent = nearest_folder(target)
     if not parent.is_dir():
         raise InputError(f"{target}: {parent} is not a directory")
@@ -68,8 +77,12 @@ def staged_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise InputError(f"{target}: is a directory; expected the name of a file")
     with _staging(target) as staging:
         yield staging / target.name
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == target.name):
-            file.replace(target.parent / file.name)
+        whole = staging / target.name
+        for file in [file for file in staging.rglob("*") if file.is_file() and file != whole]:
+            place = target.parent / file.relative_to(staging)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+        whole.replace(target)
 
 
 def out_of_room(error: Exception) -> str | None:

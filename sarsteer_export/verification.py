@@ -80,8 +80,9 @@ def verify(
 ) -> ParityReport:
     """Run parity again from a bundle, the checkpoint it was made from and a JSON Lines file of requests.
 
-    Returns the report whatever its verdict. Raises `InputError` when the bundle was altered, or made from
-    another checkpoint.
+    Returns the report whatever its verdict on the steered engine. Raises `ParityError` when the unsteered
+    decoder itself disagrees with the model, `InputError` when the bundle was altered or made from another
+    checkpoint.
     """
     settings = settings or ParitySettings()
     folder = Path(bundle)

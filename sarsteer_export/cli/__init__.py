@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 import click
 
+INTERRUPTED = 130
 COMMANDS = {
     "build": "Calibrate, export, patch and prove a model; write a bundle.",
     "calibrate": "Compute the steering plan of a model from spoken requests.",
@@ -32,6 +34,14 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = import_module(f"sarsteer_export.cli.{name}").command
         return command
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the group; Ctrl-C while a command is still being imported ends as it does later."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            click.echo("Error: interrupted; nothing was written", err=True)
+            context.exit(INTERRUPTED)
 
     def format_commands(self, _context: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""

@@ -61,7 +61,8 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         --benign examples/pocket_lalm/data/train_benign.jsonl --alpha 0.5 --rank 2
     """
     from sarsteer_export.behaviour import Judge
-    from sarsteer_export.pipeline import BuildSettings, build, preview
+    from sarsteer_export.build_inputs import BuildSettings
+    from sarsteer_export.pipeline import build, preview
     from sarsteer_export.verification import ParitySettings
 
     settings = BuildSettings(

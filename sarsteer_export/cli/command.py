@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from calibration.errors import InputError, SarsteerError
+from sarsteer_export.cli import INTERRUPTED
 from sarsteer_export.staging import out_of_room
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-INTERRUPTED = 130
 UNEXPECTED = 1
 DEBUG = "sarsteer_export.debug"
 LOGGERS = ("calibration", "engines", "graph_passes", "sarsteer_export")
@@ -53,7 +56,8 @@ class Command(click.Command):
         _log_to_stderr()
         debug = bool(context.meta.get(DEBUG))
         try:
-            return super().invoke(context)
+            with _termination_interrupts():
+                return super().invoke(context)
         except SarsteerError as error:
             if debug:
                 raise
@@ -86,6 +90,19 @@ class Progress:
             click.echo(f"\r\x1b[K{stage}: {done}/{total} ({seconds:.0f} s{rest})", nl=done == total, err=True)
         elif done == total:
             click.echo(f"{stage}: {done}/{total}", err=True)
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Within the block, SIGTERM ends the command as Ctrl-C does: staging folders are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def emit(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:

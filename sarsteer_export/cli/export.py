@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sarsteer_export.cli.command import Command, emit, quiet_transformers
+from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
 from sarsteer_export.cli.options import FOLDER, device_options, overwrite_option
 
 if TYPE_CHECKING:
@@ -31,6 +31,6 @@ def command(model: Path, output: Path, device: str, dtype: str, overwrite: bool,
 
     check_output(output, overwrite=overwrite)
     quiet_transformers()
-    components = export(model, output, device=device, dtype=dtype, overwrite=overwrite)
+    components = export(model, output, device=device, dtype=dtype, overwrite=overwrite, progress=Progress())
     paths = {name: str(path) for name, path in dataclasses.asdict(components).items()}
     emit(paths, "\n".join(f"{name:14} {path}" for name, path in paths.items()), as_json=as_json)

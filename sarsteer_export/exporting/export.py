@@ -23,11 +23,13 @@ from sarsteer_export.exporting.contract import name_audio_encoder, name_decoder,
 from sarsteer_export.staging import check_output, staged_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch import nn
     from transformers import PreTrainedModel
+
+    from calibration.states import Progress
 
 OPSET = 20
 DECODER = "decoder_model_merged"
@@ -60,6 +62,7 @@ def export(
     device: str = "cpu",
     dtype: str = "float32",
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> ExportedComponents:
     """Export the unsteered model to `output`: one decoder graph for prefill and decode, encoder, embedding.
 
@@ -70,9 +73,17 @@ def export(
     lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
     with staged_directory(target, overwrite=overwrite) as folder:
         components = ExportedComponents.within(folder)
-        export_decoder(lalm.model, components.decoder, fingerprint=lalm.fingerprint)
-        _write(_trace_audio_encoder(lalm), components.audio_encoder, lalm.fingerprint)
-        _write(_trace_embed_tokens(lalm), components.embed_tokens, lalm.fingerprint)
+        steps: list[Callable[[], None]] = [
+            lambda: export_decoder(lalm.model, components.decoder, fingerprint=lalm.fingerprint),
+            lambda: _write(_trace_audio_encoder(lalm), components.audio_encoder, lalm.fingerprint),
+            lambda: _write(_trace_embed_tokens(lalm), components.embed_tokens, lalm.fingerprint),
+        ]
+        for number, step in enumerate(steps):
+            if progress is not None:
+                progress("export", number, len(steps))
+            step()
+        if progress is not None:
+            progress("export", len(steps), len(steps))
     return ExportedComponents.within(target)
 
 

@@ -210,10 +210,10 @@ WRONG_ENGINES = {
 @pytest.mark.parametrize("name", WRONG_ENGINES)
 def test_a_wrong_edit_breaks_the_effect_even_where_no_absolute_limit_breaks(name: str) -> None:
     loose = dataclasses.replace(LIMITS, max_abs=10.0, cosine=-1.0, kl=100.0, top1=0.0)
-    result = compare_case(script(), ORACLE, with_edited(WRONG_ENGINES[name]), loose, [])
+    result = compare_case(script(), ORACLE, with_edited(WRONG_ENGINES[name]), loose, CONTROLS)
     assert not result.passed
     assert all("effect" in what for what in failed(result))
-    assert compare_case(script(), ORACLE, ENGINE, loose, []).passed
+    assert compare_case(script(), ORACLE, ENGINE, loose, CONTROLS).passed
 
 
 def test_an_edit_that_acts_in_the_prefill_alone_is_seen() -> None:
@@ -304,6 +304,11 @@ def test_at_strength_zero_the_engine_must_equal_itself_to_the_bit() -> None:
         assert failed(result) == {"bit-equal at strength 0"}
 
 
+def test_parity_without_controls_is_refused() -> None:
+    with pytest.raises(ValueError, match="without negative controls proves nothing"):
+        compare(controls=[])
+
+
 @pytest.mark.parametrize("at_least", [True, False])
 def test_nan_never_keeps_a_limit(at_least: bool) -> None:
     assert not Measurement("case", "figure", float("nan"), 0.5, at_least).passed
@@ -316,7 +321,8 @@ def test_without_stream_tensors_no_figure_of_blocks_is_made_up() -> None:
         return Trace(tuple({LOGITS: step[LOGITS]} for step in trace.steps), trace.cache)
 
     pairs = [Pair(bare(pair.baseline), bare(pair.edited)) for pair in (ORACLE, ENGINE)]
-    result = compare_case(script(), *pairs, LIMITS, [])
+    controls = [(name, bare(trace)) for name, trace in CONTROLS]
+    result = compare_case(script(), *pairs, LIMITS, controls)
     assert result.passed
     assert not [item.what for item in result.measurements if "block" in item.what]
 

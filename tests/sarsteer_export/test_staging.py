@@ -21,7 +21,7 @@ def write(
         path, overwrite=overwrite
     )
     with context as staged:
-        target = staged if kind == "file" else staged / "content"
+        target = staged if kind == "file" else staged / CONTENT
         target.write_text(text[:1], encoding="utf-8")
         if error is not None:
             raise error
@@ -29,9 +29,11 @@ def write(
 
 
 def read(kind: str, path: Path) -> str:
-    return (path if kind == "file" else path / "content").read_text(encoding="utf-8")
+    return (path if kind == "file" else path / CONTENT).read_text(encoding="utf-8")
 
 
+CONTENT = "manifest.json"
+"""A folder that holds this is ours to replace."""
 KINDS = pytest.mark.parametrize("kind", ["file", "directory"])
 
 
@@ -48,7 +50,7 @@ def test_nothing_is_at_the_target_while_it_is_written(kind: str, tmp_path: Path)
     target = tmp_path / "output"
     with (staged_file if kind == "file" else staged_directory)(target) as staged:
         assert not target.exists()
-        (staged if kind == "file" else staged / "content").write_text("x", encoding="utf-8")
+        (staged if kind == "file" else staged / CONTENT).write_text("x", encoding="utf-8")
     assert target.exists()
 
 
@@ -109,7 +111,7 @@ def test_an_old_directory_is_replaced_whole_not_merged(tmp_path: Path) -> None:
     write("directory", target, "old")
     (target / "stale").write_text("x", encoding="utf-8")
     write("directory", target, "new", overwrite=True)
-    assert [file.name for file in target.iterdir()] == ["content"]
+    assert [file.name for file in target.iterdir()] == [CONTENT]
 
 
 def test_files_written_beside_a_staged_file_come_along(tmp_path: Path) -> None:
@@ -203,3 +205,32 @@ def test_a_folder_that_may_not_be_written_is_one_message(
 )
 def test_other_errors_are_not_a_lack_of_room(error: Exception) -> None:
     assert out_of_room(error) is None
+
+
+def test_a_folder_with_other_peoples_files_is_never_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "project"
+    target.mkdir()
+    (target / "thesis.tex").write_text("years of work", encoding="utf-8")
+    with (
+        pytest.raises(InputError, match="holds neither a bundle nor an export; it is not replaced"),
+        staged_directory(target, overwrite=True),
+    ):
+        raise AssertionError("the block must not be entered")
+    assert [file.name for file in target.iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_folder_is_replaced_when_told_to(tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    write("directory", tmp_path / "output", "new", overwrite=True)
+    assert read("directory", tmp_path / "output") == "new"
+
+
+def test_files_in_folders_beside_a_staged_file_come_along_into_folders_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "other").write_text("stays", encoding="utf-8")
+    with staged_file(tmp_path / "graph") as staged:
+        (staged.parent / "weights").mkdir()
+        (staged.parent / "weights" / "data").write_text("comes", encoding="utf-8")
+        staged.write_text("graph", encoding="utf-8")
+    assert sorted(file.name for file in (tmp_path / "weights").iterdir()) == ["data", "other"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["graph", "weights"]

@@ -1,0 +1,119 @@
+"""What a build starts from: its settings, its inputs read and identified, and the keys of its stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from calibration.calibrate import CalibrationSettings
+from calibration.checkpoint import fingerprint, read_config
+from calibration.errors import InputError
+from calibration.plan import SteeringPlan
+from calibration.requests import SpokenRequest, read_requests, requests_digest
+from engines.limits import limits_for
+from sarsteer_export.behaviour import Judge
+from sarsteer_export.exporting.export import OPSET
+from sarsteer_export.verification import ParitySettings, installed_versions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+BYTES_PER_PARAMETER = {"float32": 4, "float16": 2, "bfloat16": 2}
+PACKAGES = (
+    "sarsteer-export",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """Everything a build can be told.
+
+    `plan`: a ready plan file; calibration is then skipped, and `harmful` and `benign` serve parity alone.
+    `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none.
+    """
+
+    harmful: Path
+    benign: Path
+    plan: Path | None = None
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    parity: ParitySettings = field(default_factory=ParitySettings)
+    eval_harmful: Path | None = None
+    eval_benign: Path | None = None
+    judge: Judge = field(default_factory=Judge)
+    max_new_tokens: int = 32
+    keep_unsteered: bool = True
+    device: str = "cpu"
+    dtype: str = "float32"
+    force: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.eval_harmful is None) != (self.eval_benign is None):
+            raise InputError("behaviour needs both --eval-harmful and --eval-benign; only one was given")
+        if self.dtype not in BYTES_PER_PARAMETER:
+            raise InputError(f"dtype is {self.dtype!r}; expected one of {', '.join(BYTES_PER_PARAMETER)}")
+        object.__setattr__(self, "parity", dataclasses.replace(self.parity, precision=self.dtype))
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+        limits_for(self.parity.backend, self.dtype)  # what cannot be proven is refused before it is built
+
+
+@dataclass(frozen=True)
+class BuildInputs:
+    """The inputs of a build, read and identified: what the stage keys are made of."""
+
+    model: Path
+    fingerprint: str
+    harmful: tuple[SpokenRequest, ...]
+    benign: tuple[SpokenRequest, ...]
+    evaluation: dict[str, Sequence[SpokenRequest]]
+    stages: dict[str, str]
+
+
+def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
+    """Read and check everything a build starts from, without loading the model."""
+    read_config(model)
+    identity = fingerprint(model)
+    limit, seed = settings.calibration.limit, settings.calibration.seed
+    harmful = read_requests(settings.harmful, limit=limit, seed=seed)
+    benign = read_requests(settings.benign, limit=limit, seed=seed)
+    evaluation: dict[str, Sequence[SpokenRequest]] = {}
+    if settings.eval_harmful is not None and settings.eval_benign is not None:
+        evaluation = {
+            "harmful": read_requests(settings.eval_harmful),
+            "benign": read_requests(settings.eval_benign),
+        }
+    versions = installed_versions(*PACKAGES)
+    common = [identity, settings.dtype, versions]
+    if settings.plan is not None:
+        calibration: Any = SteeringPlan.load(settings.plan).digest()
+    else:
+        chosen = dataclasses.replace(settings.calibration, batch_size=1)
+        calibration = [dataclasses.asdict(chosen), requests_digest(harmful), requests_digest(benign)]
+    evaluated = [requests_digest(asked) for asked in evaluation.values()]
+    stages = {"calibrate": _key(common, calibration), "export": _key(common, OPSET)}
+    stages["verify"] = _key(
+        stages,
+        dataclasses.asdict(settings.parity),
+        [requests_digest(harmful), requests_digest(benign)],
+        evaluated,
+        dataclasses.asdict(settings.judge),
+        settings.max_new_tokens,
+        settings.keep_unsteered,
+    )
+    return BuildInputs(model, identity, harmful, benign, evaluation, stages)
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,57 @@
+"""What a second build takes from the bundle that stands at its output already."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from typing import TYPE_CHECKING
+
+from calibration.errors import InputError
+from sarsteer_export.bundle.manifest import ONNX_FOLDER, PLAN, STEERED_DECODER, UNSTEERED_DECODER, Manifest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sarsteer_export.build_inputs import BuildInputs
+
+logger = logging.getLogger(__name__)
+
+
+def earlier_bundle(target: Path) -> Manifest | None:
+    """The manifest of the bundle that stands at the output, if there is a sound one."""
+    try:
+        return Manifest.read(target)
+    except InputError:
+        return None
+
+
+def reusable_stages(target: Path, earlier: Manifest | None, inputs: BuildInputs) -> tuple[str, ...]:
+    """Stages of the bundle at the output whose inputs are the same and whose files are what they were."""
+    if earlier is None:
+        return ()
+    exported = _exported_files(earlier)
+    files = {"calibrate": [PLAN.as_posix()], "export": exported, "verify": list(earlier.files)}
+    if UNSTEERED_DECODER.as_posix() not in exported:
+        del files["export"]
+    fresh = []
+    for stage, names in files.items():
+        if earlier.stages.get(stage) != inputs.stages[stage]:
+            continue
+        if (altered := earlier.altered(target, names)) is not None:
+            logger.warning("%s: was altered since it was built; %s is not reused", target / altered, stage)
+            continue
+        fresh.append(stage)
+    return tuple(fresh)
+
+
+def _exported_files(manifest: Manifest) -> list[str]:
+    """What `export` wrote into a bundle: everything in its ONNX folder but the steered decoder."""
+    inside = f"{ONNX_FOLDER.as_posix()}/"
+    return [name for name in manifest.files if name.startswith(inside) and name != STEERED_DECODER.as_posix()]
+
+
+def copy_export(target: Path, manifest: Manifest, folder: Path) -> None:
+    """Copy the exported files of an earlier bundle into a new bundle's folder."""
+    for name in _exported_files(manifest):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(target / name, folder / name)
