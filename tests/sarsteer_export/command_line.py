@@ -87,9 +87,11 @@ def run_python(code: str, *arguments: str | Path) -> subprocess.CompletedProcess
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def interrupt(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Send Ctrl-C to a process and wait for its end."""
-    process.send_signal(signal.SIGINT)
+def interrupt(
+    process: subprocess.Popen[str], by: signal.Signals = signal.SIGINT
+) -> subprocess.CompletedProcess[str]:
+    """Send Ctrl-C, or another signal, to a process and wait for its end."""
+    process.send_signal(by)
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 

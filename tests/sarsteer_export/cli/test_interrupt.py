@@ -1,7 +1,8 @@
-"""Ctrl-C in the middle: one message, exit code 130, nothing left behind."""
+"""Ctrl-C, or a termination, in the middle: one message, exit code 130, nothing left behind."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -34,19 +35,20 @@ def wait_for(process: subprocess.Popen[str], found: Callable[[], object]) -> Non
         time.sleep(0.01)
 
 
-def interrupted(process: subprocess.Popen[str], place: Path) -> None:
-    done = interrupt(process)
+def interrupted(process: subprocess.Popen[str], place: Path, by: signal.Signals = signal.SIGINT) -> None:
+    done = interrupt(process, by)
     assert done.returncode == 130, done.stderr
     one_error(done.stderr, "interrupted", "nothing was written")
     assert listing(place) == {}
 
 
-def test_calibrate(inputs: Inputs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_calibrate(inputs: Inputs, tmp_path: Path, by: signal.Signals) -> None:
     output = tmp_path / "new" / "plan.safetensors"
     process = start(SLOW_CALIBRATION, "calibrate", inputs.model, *inputs.data, "-o", output)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    interrupted(process, tmp_path)
+    interrupted(process, tmp_path, by)
 
 
 def test_export(inputs: Inputs, tmp_path: Path) -> None:
@@ -61,4 +63,22 @@ def test_build(inputs: Inputs, tmp_path: Path, seen: str) -> None:
     output = tmp_path / "new" / "bundle"
     process = start(COMMAND, "build", inputs.model, *inputs.data, "-o", output)
     wait_for(process, lambda: list(tmp_path.glob(f"new/.bundle.*/new/{seen}")))
+    interrupted(process, tmp_path)
+
+
+SLOW_IMPORT = """
+import sys, time
+import sarsteer_export.cli as cli
+def slow(name):
+    print("ready", flush=True)
+    time.sleep(60)
+cli.import_module = slow
+cli.main(sys.argv[1:])
+"""
+
+
+def test_while_the_command_is_still_being_imported(tmp_path: Path) -> None:
+    process = start(SLOW_IMPORT, "calibrate", "model")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
     interrupted(process, tmp_path)
