@@ -25,7 +25,7 @@ class Verdict(str, Enum):
 class ParityReport:
     """Parity of one engine: the cases, and figures that belong to no case (`components`).
 
-    `context` is free JSON for the reader (the plan, norms
+    `notes` are findings that judge nothing, a line each. `context` is free JSON for the reader (the plan, norms
     by block, versions).
     """
 
@@ -35,6 +35,7 @@ class ParityReport:
     components: tuple[Measurement, ...]
     cases: tuple[CaseResult, ...]
     context: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -73,6 +74,7 @@ class ParityReport:
             "limits": dataclasses.asdict(self.limits),
             "limits_source": self.limits.source,
             "failures": self.failures(),
+            "notes": list(self.notes),
             "components": [_figure(item) for item in self.components],
             "cases": [
                 {
@@ -125,7 +127,8 @@ class ParityReport:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             for row in (head, *rows)
         ]
-        return "\n".join(line.rstrip() for line in [*lines, f"verdict: {self.verdict.value}"])
+        closing = [*self.notes, f"verdict: {self.verdict.value}"]
+        return "\n".join(line.rstrip() for line in [*lines, *closing])
 
 
 def _mark(passed: bool) -> str:

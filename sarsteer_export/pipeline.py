@@ -20,7 +20,6 @@ from calibration.errors import InputError, ParityError
 from calibration.lalm import Lalm, load_lalm
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.states import check_clips
-from engines.limits import limits_for
 from engines.report import ParityReport, Verdict
 from graph_passes.interface import graph_inputs, graph_outputs
 from graph_passes.onnx_file import read_graph, write_graph
@@ -54,7 +53,7 @@ from sarsteer_export.exporting.export import export
 from sarsteer_export.report_page import parity_page
 from sarsteer_export.staging import check_output, nearest_folder, staged_directory
 from sarsteer_export.verification import (
-    compare_components,
+    compare_around_decoder,
     installed_versions,
     parity_requests,
     verify_export,
@@ -130,8 +129,7 @@ def build(
         manifest = describe(lalm, plan, patched, inputs, folder)
         manifest.write(folder)
         with Bundle(folder) as bundle:
-            limits = limits_for(settings.parity.backend, settings.parity.precision)
-            components = compare_components(lalm, bundle, chosen, limits)
+            components = compare_around_decoder(lalm, bundle, plan, chosen, settings.parity)
             report = verify_steering(
                 exported, lalm, plan, folder / STEERED_DECODER, settings.parity, components, progress
             )

@@ -234,6 +234,9 @@ def _facts(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             yield name, _fact_text(value)
     if report["cases"]:
         yield "Scripts", ", ".join(case["case"] for case in report["cases"])
+    for note in report["notes"]:
+        what, _, finding = note.rpartition(": ")
+        yield what.capitalize(), finding
     if versions:
         yield "Versions", ", ".join(f"{name} {number}" for name, number in versions.items())
 

@@ -25,6 +25,7 @@ from graph_passes.onnx_file import read_graph
 from graph_passes.patch import patch_model
 from graph_passes.probe import expose_block_outputs
 from graph_passes.residual_stream import ResidualStream, find_residual_stream
+from sarsteer_export.behaviour import eager_answers
 from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.manifest import STEERED_DECODER, UNSTEERED_DECODER
 from sarsteer_export.controls import wrong_plans
@@ -43,6 +44,10 @@ FEATURES_LIMIT = 5e-4
 logarithm magnifies that near its floor (4e-5 measured on the pocket LALM's clips)."""
 
 
+ROLLOUT_TOKENS = 32
+"""Longest greedy answer that is compared word for word."""
+
+
 @dataclass(frozen=True)
 class ParitySettings:
     """How parity is run: `prompts` per batch, `decode_steps` after the prefill, `blocks` compares block outputs."""
@@ -57,6 +62,14 @@ class ParitySettings:
         for name in ("prompts", "decode_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class Components:
+    """What was found around the decoder: figures of what comes before it, and notes on whole answers."""
+
+    measurements: tuple[Measurement, ...]
+    rollouts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -97,8 +110,7 @@ def verify(
                 f"the bundle was made from another checkpoint: its fingerprint is "
                 f"{opened.manifest.model['fingerprint'][:12]}, this one's is {lalm.fingerprint[:12]}"
             )
-        limits = limits_for(settings.backend, settings.precision)
-        components = compare_components(lalm, opened, chosen, limits)
+        components = compare_around_decoder(lalm, opened, plan, chosen, settings)
         if opened.has_unsteered:
             exported = verify_export(lalm, plan, folder / UNSTEERED_DECODER, chosen, settings, progress)
             return verify_steering(
@@ -172,7 +184,7 @@ def verify_steering(
     plan: SteeringPlan,
     decoder: Path,
     settings: ParitySettings,
-    components: Sequence[Measurement] = (),
+    components: Components,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Compare a steered decoder file with the steered eager model, negative controls included."""
@@ -196,13 +208,47 @@ def verify_steering(
         backend=settings.backend,
         precision=settings.precision,
         limits=limits,
-        components=tuple(components),
+        components=components.measurements,
+        notes=components.rollouts,
         cases=tuple(results),
         context=_context(lalm, plan, exported, settings),
     )
 
 
-def compare_components(
+def compare_around_decoder(
+    lalm: Lalm,
+    bundle: Bundle,
+    plan: SteeringPlan,
+    requests: Sequence[SpokenRequest],
+    settings: ParitySettings,
+) -> Components:
+    """Compare what comes before the decoder, and what the whole bundle says, with the eager model."""
+    limits = limits_for(settings.backend, settings.precision)
+    return Components(
+        _compare_prompts(lalm, bundle, requests, limits), _compare_rollouts(lalm, bundle, plan, requests)
+    )
+
+
+def _compare_rollouts(
+    lalm: Lalm, bundle: Bundle, plan: SteeringPlan, requests: Sequence[SpokenRequest]
+) -> tuple[str, ...]:
+    """Whether bundle and eager model say the same, greedily, each on its own. No gate: near-ties may differ."""
+    systems = {"unsteered": None, "steered": plan} if bundle.has_unsteered else {"steered": plan}
+    notes = []
+    for name, active in systems.items():
+        wanted = eager_answers(lalm, requests, active, max_new_tokens=ROLLOUT_TOKENS)
+        seen = bundle.generate_batch(
+            [request.audio for request in requests],
+            [request.text for request in requests],
+            max_new_tokens=ROLLOUT_TOKENS,
+            steering=active is not None,
+        )
+        same = sum(ours == theirs for ours, theirs in zip(wanted, seen, strict=True))
+        notes.append(f"greedy rollouts, {name}: {same} of {len(requests)} word for word the same")
+    return tuple(notes)
+
+
+def _compare_prompts(
     lalm: Lalm, bundle: Bundle, requests: Sequence[SpokenRequest], limits: Limits
 ) -> tuple[Measurement, ...]:
     """What comes before the decoder: features, and prompt embeddings through encoder, embedding and template."""

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
+    "docs/bundle.md",
     "docs/parity.md",
     "docs/plan.md",
     "examples/pocket_lalm/README.md",

@@ -32,6 +32,13 @@ def test_a_report_passes_when_everything_does() -> None:
     assert good.failures() == []
 
 
+def test_notes_are_told_and_judge_nothing() -> None:
+    noted = dataclasses.replace(report(case(GOOD)), notes=("greedy rollouts, steered: 0 of 4 the same",))
+    assert noted.verdict is Verdict.PASSED
+    assert noted.to_json()["notes"] == ["greedy rollouts, steered: 0 of 4 the same"]
+    assert "greedy rollouts, steered: 0 of 4 the same\nverdict: passed" in noted.table()
+
+
 def test_without_cases_nothing_was_executed_and_nothing_is_passed() -> None:
     empty = report(components=(GOOD,))
     assert empty.verdict is Verdict.NOT_EXECUTED

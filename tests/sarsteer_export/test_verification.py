@@ -59,6 +59,9 @@ def test_a_sound_bundle_passes_on_requests_it_was_not_built_on(
     assert found["failures"] == []
     assert json.loads(report.read_text(encoding="utf-8")) == found
     assert found["context"]["settings"]["prompts"] == 2
+    assert found["notes"] == [
+        f"greedy rollouts, {system}: 2 of 2 word for word the same" for system in ("unsteered", "steered")
+    ]
     assert all(len(case["logits_difference"]) == 3 for case in found["cases"])
 
 
@@ -102,6 +105,8 @@ def test_an_unsteered_engine_with_fitting_hashes_fails_with_exit_code_6(
     assert found["verdict"] == "failed"
     assert json.loads(report.read_text(encoding="utf-8")) == found, "a failed report is written too"
     assert any("effect cosine is 0" in failure for failure in found["failures"])
+    assert "greedy rollouts, unsteered: 2 of 2 word for word the same" in found["notes"]
+    assert "greedy rollouts, steered: 2 of 2 word for word the same" not in found["notes"]
     errors = result.stderr[result.stderr.index("Error: ") :].splitlines()
     assert errors[0] == "Error: parity failed:"
     assert [line.strip() for line in errors[1:]] == found["failures"]
