@@ -37,7 +37,7 @@ from random_decoder import (
     run,
     steer_decoder,
 )
-from sarsteer_export.verification import installed_versions
+from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.exporting.export import export
+    from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.patching import patch
     from sarsteer_export.pipeline import build
-    from sarsteer_export.verification import ParitySettings, verify
+    from sarsteer_export.verification import verify
 
 _HOMES = {
     "Add": "calibration.plan",
     "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
-    "ParitySettings": "sarsteer_export.verification",
+    "ParitySettings": "sarsteer_export.parity_run",
     "Positions": "calibration.plan",
     "Project": "calibration.plan",
     "SarsteerError": "calibration.errors",

@@ -16,7 +16,8 @@ from calibration.requests import SpokenRequest, read_requests, requests_digest
 from engines.limits import limits_for
 from sarsteer_export.behaviour import Judge
 from sarsteer_export.exporting.export import OPSET
-from sarsteer_export.verification import ParitySettings, installed_versions
+from sarsteer_export.parity_run import ParitySettings
+from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -50,15 +50,10 @@ from sarsteer_export.bundle.manifest import (
     describe_files,
 )
 from sarsteer_export.exporting.export import export
+from sarsteer_export.parity_run import ParityRun, parity_requests
 from sarsteer_export.report_page import parity_page
 from sarsteer_export.staging import check_output, nearest_folder, staged_directory
-from sarsteer_export.verification import (
-    compare_around_decoder,
-    installed_versions,
-    parity_requests,
-    verify_export,
-    verify_steering,
-)
+from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
     from calibration.states import Progress
@@ -123,16 +118,14 @@ def build(
         else:
             export_components(lalm, folder, progress)
         chosen = parity_requests(inputs.harmful, inputs.benign, count=settings.parity.prompts)
-        exported = verify_export(lalm, plan, folder / UNSTEERED_DECODER, chosen, settings.parity, progress)
+        run = ParityRun(lalm, plan, chosen, settings.parity, progress)
+        exported = run.check_export(folder / UNSTEERED_DECODER)
         patched = patch_model(exported.unsteered, plan, force=settings.force)
         write_graph(patched.model, folder / STEERED_DECODER)
         manifest = describe(lalm, plan, patched, inputs, folder)
         manifest.write(folder)
         with Bundle(folder) as bundle:
-            components = compare_around_decoder(lalm, bundle, plan, chosen, settings.parity)
-            report = verify_steering(
-                exported, lalm, plan, folder / STEERED_DECODER, settings.parity, components, progress
-            )
+            report = run.check_steering(exported, folder / STEERED_DECODER, run.check_around_decoder(bundle))
             behaviour = None
             if inputs.evaluation:
                 behaviour = measure_behaviour(

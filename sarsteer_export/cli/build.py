@@ -62,8 +62,8 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
     """
     from sarsteer_export.behaviour import Judge
     from sarsteer_export.build_inputs import BuildSettings
+    from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.pipeline import build, preview
-    from sarsteer_export.verification import ParitySettings
 
     settings = BuildSettings(
         calibration=calibration_settings(model, given),

@@ -41,9 +41,10 @@ def command(
         --requests examples/pocket_lalm/data/test_harmful.jsonl
     """
     from engines.report import Verdict
+    from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.report_page import parity_page
     from sarsteer_export.staging import check_output, staged_file
-    from sarsteer_export.verification import ParitySettings, verify
+    from sarsteer_export.verification import verify
 
     if report is not None:
         if report.suffix not in (".json", ".html"):

@@ -28,7 +28,7 @@ from sarsteer_export.bundle.manifest import (
 )
 from sarsteer_export.controls import wrong_plans
 from sarsteer_export.exporting.export import ExportedComponents
-from sarsteer_export.verification import parity_requests
+from sarsteer_export.parity_run import parity_requests
 from tests.sarsteer_export.command_line import answered_json, one_error, refused, sarsteer
 from tests.sarsteer_export.conftest import Inputs
 

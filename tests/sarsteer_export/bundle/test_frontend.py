@@ -13,9 +13,9 @@ from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, encode_requests
 from calibration.requests import load_audio, read_requests
 from sarsteer_export import Bundle
+from sarsteer_export.around_decoder import FEATURES_LIMIT
 from sarsteer_export.bundle.frontend import Frontend, check_extractor
 from sarsteer_export.bundle.manifest import CHAT_TEMPLATE, PROCESSOR
-from sarsteer_export.verification import FEATURES_LIMIT
 from tests.sarsteer_export.conftest import Inputs
 
 TEXTS = ("please respond to the audio.", "Ünïcode ☃ text\nwith a second line", "a  b", "<p>{{ braces }}</p>")
