@@ -26,8 +26,9 @@ demo: $(STAMP)  ## Build the steered bundle of the pocket LALM, prove it, and as
 		--eval-harmful $(POCKET)/data/test_harmful.jsonl --eval-benign $(POCKET)/data/test_benign.jsonl \
 		--output build/pocket_lalm
 
+# One thread each: the models of the tests are so small that handing work to threads costs more than the work.
 test: lint  ## Lint, type-check and run the whole suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(STAMP)  ## Lint, type-check and check the import contracts
 	$(BIN)/ruff check .

@@ -15,16 +15,16 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto
-
 from calibration.errors import SiteNotFoundError, UnsupportedError
 from calibration.plan import Site
 from graph_passes.fused_norms import split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe, subgraphs
+from graph_passes.tensor_types import elem_type_and_width, recorded_types
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from onnx import GraphProto, ModelProto, NodeProto
 
 STEERING_PREFIX = "sarsteer."
 """Names of inserted nodes, tensors and constants start with this."""
@@ -104,10 +104,10 @@ def find_residual_stream(model: ModelProto) -> ResidualStream:
     blocks = _blocks(index, adds)
     _cross_check_scopes(index, blocks)
     outputs = [block.output for block in blocks]
-    elem_type, hidden_size = _elem_type_and_width(model, blocks[0].input, outputs)
+    elem_type, hidden_size = elem_type_and_width(model, blocks[0].input, outputs)
     final_norm_output = _final_norm_output(index, outputs[-1], elem_type)
     tensors = [blocks[0].input, *outputs, *([final_norm_output] if final_norm_output else [])]
-    types = _recorded_types(model, tensors)
+    types = recorded_types(model, tensors)
     return ResidualStream(
         blocks=blocks,
         final_norm_output=final_norm_output,
@@ -353,44 +353,6 @@ def _final_norm_output(index: GraphIndex, stream_end: str, elem_type: int) -> st
 
 def _cast_to(node: NodeProto) -> int:
     return next(attribute.i for attribute in node.attribute if attribute.name == "to")
-
-
-def _elem_type_and_width(model: ModelProto, start: str, outputs: list[str]) -> tuple[int, int]:
-    """Element type and width of the stream, from the file or, where it does not say, by shape inference."""
-    tensors = [*outputs, start]
-    types = _recorded_types(model, tensors)
-    if len(_widths(types)) != 1 or not any(name in types for name in outputs):
-        types = _recorded_types(onnx.shape_inference.infer_shapes(model), tensors)
-    widths = _widths(types)
-    if len(widths) != 1:
-        raise SiteNotFoundError(
-            f"the width of the residual stream at {outputs[0]!r} is not one fixed number; found "
-            f"{sorted(widths) or 'none'}"
-        )
-    elem_types = {types[name].tensor_type.elem_type for name in outputs if name in types}
-    if len(elem_types) != 1:
-        raise SiteNotFoundError(
-            f"the residual stream at {outputs[0]!r} is not of one element type; found "
-            f"{sorted(TensorProto.DataType.Name(kind) for kind in elem_types) or 'none'}"
-        )
-    return elem_types.pop(), widths.pop()
-
-
-def _widths(types: dict[str, TypeProto]) -> set[int]:
-    """The fixed last dimensions (B, S, D); exporters write them as numbers or as numeric strings."""
-    dims = [value.tensor_type.shape.dim for value in types.values()]
-    last = [dim[2] for dim in dims if len(dim) == 3]
-    widths = {dim.dim_value or (int(dim.dim_param) if dim.dim_param.isdigit() else 0) for dim in last}
-    return widths - {0}
-
-
-def _recorded_types(model: ModelProto, tensors: list[str]) -> dict[str, TypeProto]:
-    graph = model.graph
-    return {
-        value.name: value.type
-        for value in (*graph.value_info, *graph.output, *graph.input)
-        if value.name in set(tensors) and value.type.tensor_type.elem_type
-    }
 
 
 def _nearest(index: GraphIndex, upstream: int) -> str:

@@ -1,0 +1,52 @@
+"""Element types and widths of stream tensors: from the file or, where it does not say, by shape inference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx
+from onnx import TensorProto
+
+from calibration.errors import SiteNotFoundError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, TypeProto
+
+
+def elem_type_and_width(model: ModelProto, start: str, outputs: list[str]) -> tuple[int, int]:
+    """Element type and width of the stream, from the file or, where it does not say, by shape inference."""
+    tensors = [*outputs, start]
+    types = recorded_types(model, tensors)
+    if len(_widths(types)) != 1 or not any(name in types for name in outputs):
+        types = recorded_types(onnx.shape_inference.infer_shapes(model), tensors)
+    widths = _widths(types)
+    if len(widths) != 1:
+        raise SiteNotFoundError(
+            f"the width of the residual stream at {outputs[0]!r} is not one fixed number; found "
+            f"{sorted(widths) or 'none'}"
+        )
+    elem_types = {types[name].tensor_type.elem_type for name in outputs if name in types}
+    if len(elem_types) != 1:
+        raise SiteNotFoundError(
+            f"the residual stream at {outputs[0]!r} is not of one element type; found "
+            f"{sorted(TensorProto.DataType.Name(kind) for kind in elem_types) or 'none'}"
+        )
+    return elem_types.pop(), widths.pop()
+
+
+def _widths(types: dict[str, TypeProto]) -> set[int]:
+    """The fixed last dimensions (B, S, D); exporters write them as numbers or as numeric strings."""
+    dims = [value.tensor_type.shape.dim for value in types.values()]
+    last = [dim[2] for dim in dims if len(dim) == 3]
+    widths = {dim.dim_value or (int(dim.dim_param) if dim.dim_param.isdigit() else 0) for dim in last}
+    return widths - {0}
+
+
+def recorded_types(model: ModelProto, tensors: list[str]) -> dict[str, TypeProto]:
+    """The types that the file records for some tensors; those it says nothing of are left out."""
+    graph = model.graph
+    return {
+        value.name: value.type
+        for value in (*graph.value_info, *graph.output, *graph.input)
+        if value.name in set(tensors) and value.type.tensor_type.elem_type
+    }
