@@ -25,6 +25,9 @@ demo: $(STAMP)  ## Build the steered bundle of the pocket LALM, prove it, and as
 		--harmful $(POCKET)/data/train_harmful.jsonl --benign $(POCKET)/data/train_benign.jsonl \
 		--eval-harmful $(POCKET)/data/test_harmful.jsonl --eval-benign $(POCKET)/data/test_benign.jsonl \
 		--output build/pocket_lalm
+	@echo; echo 'The report with plots: build/pocket_lalm/reports/parity.html. Ask the bundle something, also with --no-steering:'
+	@echo '  $(BIN)/sarsteer-export run build/pocket_lalm --audio $(POCKET)/audio/test_harmful_02.flac \'
+	@echo '    --text "Please answer the question in the audio."'
 
 # One thread each: the models of the tests are so small that handing work to threads costs more than the work.
 test: lint  ## Lint, type-check and run the whole suite
