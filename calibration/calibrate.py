@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from calibration.directions import SteeringSettings, largest_rank, steering_plan
 from calibration.errors import InputError
 from calibration.lalm import Lalm, load_lalm
-from calibration.requests import SpokenRequest, read_requests, requests_digest
+from calibration.requests import SpokenRequest, check_benign_count, read_requests, requests_digest
 from calibration.states import check_clips, collect_states
 
 if TYPE_CHECKING:
@@ -64,10 +64,7 @@ def calibrate(
         raise InputError("the refusal prompt is empty; without it there is no refusal direction")
     harmful_requests = read_requests(harmful, limit=settings.limit, seed=settings.seed)
     benign_requests = read_requests(benign, limit=settings.limit, seed=settings.seed)
-    if len(benign_requests) < 2:
-        raise InputError(
-            f"{benign}: {len(benign_requests)} benign request; expected at least 2 to span a safe subspace"
-        )
+    check_benign_count(benign_requests, benign)
     lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
     check_clips(lalm, (*harmful_requests, *benign_requests))
     provenance = calibration_provenance(lalm, harmful_requests, benign_requests, settings)

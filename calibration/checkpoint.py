@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BLOCK_BYTES = 1 << 22
+PROCESSOR_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -41,6 +42,23 @@ def fingerprint(folder: Path) -> str:
             while block := opened.read(BLOCK_BYTES):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def processor_digest(folder: Path) -> str:
+    """Hex sha256 over everything beside the weights: tokenizer, chat template, feature extractor, generation."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.iterdir() if file.suffix in PROCESSOR_SUFFIXES):
+        digest.update(f"{file.name}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def check_audio_language_model(folder: Path, config: dict[str, Any]) -> None:
+    """Raise `InputError` when a configuration names no audio encoder."""
+    if "audio_config" not in config:
+        names = config.get("architectures")
+        name = names[0] if isinstance(names, list) and names else "the model"
+        raise InputError(f"model {folder}: {name} has no audio encoder; expected an audio-language model")
 
 
 def parameter_count(folder: Path) -> int:

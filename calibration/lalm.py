@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from calibration.checkpoint import fingerprint, read_config
+from calibration.checkpoint import check_audio_language_model, fingerprint, read_config
 from calibration.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -140,6 +140,12 @@ def encode_requests(
     return inputs | {"position_ids": position_ids(inputs["attention_mask"])}
 
 
+def audio_token_count(lalm: Lalm, clip: NDArray[np.float32]) -> int:
+    """How many audio embeddings the model makes of a clip (samples,), by its processor's own count."""
+    ids = encode_requests(lalm, [""], [clip])["input_ids"]
+    return int((ids == lalm.processor.audio_token_id).sum())
+
+
 def position_ids(attention_mask_BT: torch.Tensor) -> torch.Tensor:
     """Positions (B, T) counted over attended tokens only; 0 at padding before the first of them."""
     return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)
@@ -154,6 +160,5 @@ def _architecture(folder: Path, config: dict[str, Any]) -> Any:
             f"model {folder}: config.json names the architecture {name!r}, which transformers "
             f"{transformers.__version__} does not have"
         )
-    if "audio_config" not in config:
-        raise InputError(f"model {folder}: {name} has no audio encoder; expected an audio-language model")
+    check_audio_language_model(folder, config)
     return architecture

@@ -151,7 +151,12 @@ class SteeringPlan:
 
 
 def check_plan_fits(
-    plan: SteeringPlan, *, hidden_size: int, num_layers: int, fingerprint: str | None, force: bool = False
+    plan: SteeringPlan,
+    *,
+    hidden_size: int,
+    num_layers: int,
+    fingerprint: str | None = None,
+    force: bool = False,
 ) -> None:
     """Raise `InputError` when `plan` was made for another shape of model or, unless `force`, another model.
 

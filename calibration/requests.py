@@ -93,6 +93,25 @@ def load_audio(
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
+def check_audio_files(requests: Sequence[SpokenRequest]) -> None:
+    """Raise `InputError` naming a clip that is missing or whose header cannot be read; samples are not."""
+    for request in requests:
+        if not request.audio.is_file():
+            raise InputError(f"audio {request.audio}: no such file")
+        try:
+            soundfile.info(request.audio)
+        except (soundfile.SoundFileError, OSError) as error:
+            raise InputError(f"audio {request.audio}: not a readable audio file ({error})") from error
+
+
+def check_benign_count(benign: Sequence[SpokenRequest], source: str | Path) -> None:
+    """Raise `InputError` when there are too few benign requests to span a safe subspace."""
+    if len(benign) < 2:
+        raise InputError(
+            f"{source}: {len(benign)} benign request; expected at least 2 to span a safe subspace"
+        )
+
+
 def requests_digest(requests: Sequence[SpokenRequest]) -> str:
     """Content hash (hex sha256) of requests: prompts and the bytes of their audio, not their paths."""
     digest = hashlib.sha256()

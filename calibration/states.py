@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from calibration.lalm import DecoderParts, Lalm, encode_requests
+from calibration.errors import InputError
+from calibration.lalm import DecoderParts, Lalm, audio_token_count, encode_requests
 from calibration.requests import SpokenRequest, load_audio
 
 if TYPE_CHECKING:
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Progress: TypeAlias = Callable[[str, int, int], None]
+
+
+MAYBE_SHORT_SECONDS = 0.5
+"""Clips shorter than this are checked for whether the audio encoder makes anything of them."""
+LEAST_AUDIO_TOKENS = 2
+"""Below this the model's processor takes the audio token for one that it did not expand yet."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +97,17 @@ def last_position_states(
 def check_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> None:
     """Read every clip once and drop it, so that a bad one is found before the model has worked for an hour.
 
-    Raises `InputError` naming the clip.
+    Raises `InputError` naming the clip, also when it is too short for the audio encoder.
     """
     for request in requests:
-        load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
+        clip = load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
+        if clip.size < MAYBE_SHORT_SECONDS * lalm.sampling_rate:
+            tokens = audio_token_count(lalm, clip)
+            if tokens < LEAST_AUDIO_TOKENS:
+                raise InputError(
+                    f"audio {request.audio}: too short, {clip.size} samples at {lalm.sampling_rate} Hz; the model "
+                    f"makes {tokens} embeddings of it, expected at least {LEAST_AUDIO_TOKENS}"
+                )
 
 
 def collect_states(

@@ -30,9 +30,7 @@ def steered(model: torch.nn.Module, plan: SteeringPlan) -> Iterator[None]:
     a decoder of another width or depth.
     """
     parts = find_decoder(model)
-    check_plan_fits(
-        plan, hidden_size=parts.hidden_size, num_layers=len(parts.blocks), fingerprint=plan.model_fingerprint
-    )
+    check_plan_fits(plan, hidden_size=parts.hidden_size, num_layers=len(parts.blocks))
     window = _Window()
     with ExitStack() as hooks:
         handle: Any = parts.decoder.register_forward_pre_hook(window.read, with_kwargs=True)

@@ -9,10 +9,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from calibration.calibrate import CalibrationSettings
-from calibration.checkpoint import fingerprint, read_config
+from calibration.checkpoint import (
+    check_audio_language_model,
+    fingerprint,
+    processor_digest,
+    read_config,
+)
 from calibration.errors import InputError
 from calibration.plan import SteeringPlan
-from calibration.requests import SpokenRequest, read_requests, requests_digest
+from calibration.requests import (
+    SpokenRequest,
+    check_audio_files,
+    check_benign_count,
+    read_requests,
+    requests_digest,
+)
 from engines.limits import limits_for
 from sarsteer_export.behaviour import Judge
 from sarsteer_export.exporting.export import OPSET
@@ -83,8 +94,8 @@ class BuildInputs:
 
 
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
-    """Read and check everything a build starts from, without loading the model."""
-    read_config(model)
+    """Read and check what a build starts from, as far as that goes without loading the model."""
+    check_audio_language_model(model, read_config(model))
     identity = fingerprint(model)
     limit, seed = settings.calibration.limit, settings.calibration.seed
     harmful = read_requests(settings.harmful, limit=limit, seed=seed)
@@ -95,8 +106,11 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
             "harmful": read_requests(settings.eval_harmful),
             "benign": read_requests(settings.eval_benign),
         }
-    versions = installed_versions(*PACKAGES)
-    common = [identity, settings.dtype, versions]
+    for requests in (harmful, benign, *evaluation.values()):
+        check_audio_files(requests)
+    if settings.plan is None:
+        check_benign_count(benign, settings.benign)
+    common = [identity, processor_digest(model), settings.dtype, installed_versions(*PACKAGES)]
     if settings.plan is not None:
         calibration: Any = SteeringPlan.load(settings.plan).digest()
     else:

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from calibration.plan import Edit, Positions, Site, SteeringPlan
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 def wrong_plans(plan: SteeringPlan) -> dict[str, SteeringPlan]:
-    """Plans that an engine must not agree with, by name: wrong sign, wrong layer, wrong positions.
+    """Plans that an engine must not agree with, by name; none of them does what `plan` does.
 
-    The wrong-layer control is left out where no block edit can move, in a decoder of one block.
+    Wrong sign, wrong positions, and wrong layer: every block edit some blocks further on. Where no such shift
+    gives other edits (the same tensors in every block), every other edit is left out instead.
     """
     controls = {
-        "wrong sign": _with(
-            plan, [dataclasses.replace(edit, strength=-edit.strength) for edit in plan.edits]
-        ),
-        "wrong positions": _with(plan, [_other_positions(edit) for edit in plan.edits]),
+        "wrong sign": [dataclasses.replace(edit, strength=-edit.strength) for edit in plan.edits],
+        "wrong positions": [_other_positions(edit) for edit in plan.edits],
     }
-    moved = [_next_layer(edit, plan.num_layers) for edit in plan.edits]
-    if any(new.layer != old.layer for new, old in zip(moved, plan.edits, strict=True)):
-        controls["wrong layer"] = _with(plan, moved)
-    return controls
+    shifts = (
+        [_shifted(edit, by, plan.num_layers) for edit in plan.edits] for by in range(1, plan.num_layers)
+    )
+    moved = next((edits for edits in shifts if not _same(edits, plan.edits)), None)
+    if moved is not None:
+        controls["wrong layer"] = moved
+    elif len(plan.edits) > 1:
+        controls["every other edit missing"] = list(plan.edits[::2])
+    return {
+        name: dataclasses.replace(plan, edits=tuple(edits))
+        for name, edits in controls.items()
+        if not _same(edits, plan.edits)
+    }
 
 
-def _with(plan: SteeringPlan, edits: list[Edit]) -> SteeringPlan:
-    return dataclasses.replace(plan, edits=tuple(edits))
+def _same(edits: Sequence[Edit], others: Sequence[Edit]) -> bool:
+    """Whether two lists hold the same edits, whatever their order."""
+    rest = list(others)
+    for edit in edits:
+        if edit not in rest:
+            return False
+        rest.remove(edit)
+    return not rest
 
 
 def _other_positions(edit: Edit) -> Edit:
@@ -33,7 +51,7 @@ def _other_positions(edit: Edit) -> Edit:
     return dataclasses.replace(edit, positions=other)
 
 
-def _next_layer(edit: Edit, num_layers: int) -> Edit:
+def _shifted(edit: Edit, by: int, num_layers: int) -> Edit:
     if edit.site is Site.FINAL_NORM_OUTPUT:
         return edit
-    return dataclasses.replace(edit, layer=(edit.layer + 1) % num_layers)
+    return dataclasses.replace(edit, layer=(edit.layer + by) % num_layers)

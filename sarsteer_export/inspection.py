@@ -31,13 +31,15 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look into a plan (`.safetensors`), a bundle (a folder) or an ONNX file (anything else)."""
+    """Look into a plan (`.safetensors`), an ONNX file (`.onnx`) or a bundle (a folder)."""
     source = Path(path)
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")
     reader: Callable[[Path], Inspection] = inspect_graph
     if source.is_dir():
         reader = inspect_bundle
+    elif source.suffix not in (".onnx", ".safetensors"):
+        raise InputError(f"{source}: expected a plan (.safetensors), an ONNX file (.onnx) or a bundle folder")
     elif source.suffix == ".safetensors":
         reader = inspect_plan
     return reader(source)
@@ -127,7 +129,8 @@ def inspect_bundle(folder: Path) -> Inspection:
         lines.append(name)
         for direction in ("inputs", "outputs"):
             lines += [
-                f"  {direction[:-1]:7} {port['name']}: {port['elem_type'].lower()} {port['dims']}"
+                f"  {direction[:-1]:7} {port['name']}: {port['elem_type'].lower()} "
+                f"[{', '.join(map(str, port['dims']))}]"
                 for port in graph[direction]
             ]
     lines += [f"{name}  {entry['bytes']:,} bytes" for name, entry in manifest.files.items()]

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from graph_passes.residual_stream import ResidualStream
 
 
+EXTRA_PADDING = 3
+"""Padded positions that every row of a parity batch has, beside what its neighbours' lengths make."""
+
+
 class Padding(str, Enum):
     """On which side the prompts of a batch are padded to one length."""
 
@@ -108,7 +112,12 @@ def _left_padded(lalm: Lalm, requests: Sequence[SpokenRequest]) -> _Prefill:
 
 
 def _prefill(lalm: Lalm, requests: Sequence[SpokenRequest], padding: Padding) -> _Prefill:
-    left = _left_padded(lalm, requests)
+    """A batch in which every row is padded: without padding, last column and last attended one are the same."""
+    tight = _left_padded(lalm, requests)
+    left = _Prefill(
+        torch.nn.functional.pad(tight.embeds, (0, 0, EXTRA_PADDING, 0)),
+        torch.nn.functional.pad(tight.mask, (EXTRA_PADDING, 0)),
+    )
     if padding is Padding.LEFT:
         return left
     lengths = [int(length) for length in left.mask.sum(dim=1)]  # the same rows, their attended part in front

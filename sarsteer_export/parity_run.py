@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from calibration.errors import InputError, ParityError
-from calibration.plan import Add, Site
+from calibration.plan import Add, Positions, Site
 from engines.limits import Limits, limits_for
 from engines.onnxruntime_runner import OnnxRuntimeDecoder
 from engines.parity import Pair, agreement, compare_case
 from engines.report import ParityReport
 from engines.trace import Script, Trace, record
 from graph_passes.onnx_file import read_graph
-from graph_passes.patch import patch_model
+from graph_passes.patch import LastFrom, patch_model
 from graph_passes.probe import expose_block_outputs
 from graph_passes.residual_stream import ResidualStream, find_residual_stream
 from sarsteer_export.around_decoder import AroundDecoder, compare_prompts, compare_rollouts
@@ -129,7 +129,7 @@ class ParityRun:
         """Compare a steered decoder file with the steered eager model, negative controls included."""
         steered = read_graph(decoder)
         results = []
-        for case, baseline in zip(export.cases, export.baselines, strict=True):
+        for padding, case, baseline in zip(Padding, export.cases, export.baselines, strict=True):
             edited = self._run(steered, dataclasses.replace(export, data_folder=decoder.parent), case.script)
             results.append(
                 compare_case(
@@ -137,7 +137,7 @@ class ParityRun:
                     case.traces,
                     Pair(baseline=baseline, edited=edited),
                     self.limits,
-                    self._controls(export, case.script, baseline),
+                    self._controls(export, case.script, baseline, padding),
                     expect_effect=self._has_effect,
                 )
             )
@@ -156,7 +156,9 @@ class ParityRun:
     def _has_effect(self) -> bool:
         return any(edit.strength for edit in self.plan.edits)
 
-    def _controls(self, export: VerifiedExport, script: Script, baseline: Trace) -> list[tuple[str, Trace]]:
+    def _controls(
+        self, export: VerifiedExport, script: Script, baseline: Trace, padding: Padding
+    ) -> list[tuple[str, Trace]]:
         """Traces of engines that are wrong on purpose; none for a plan that does nothing."""
         if not self._has_effect:
             return []
@@ -164,6 +166,9 @@ class ParityRun:
             name: patch_model(export.unsteered, plan, force=True).model
             for name, plan in wrong_plans(self.plan).items()
         }
+        if padding is Padding.RIGHT and any(edit.positions is Positions.LAST for edit in self.plan.edits):
+            last_column = patch_model(export.unsteered, self.plan, force=True, last_from=LastFrom.SEQUENCE)
+            wrong["last column instead of last attended"] = last_column.model
         return [
             ("unsteered", baseline),
             *((name, self._run(graph, export, script)) for name, graph in wrong.items()),

@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from calibration.states import Progress
 
 
+BYTES_BESIDE_WEIGHTS = 2_000_000
+"""Graphs, tokenizer and reports of a small model's bundle; a 7B's are some megabytes more."""
 MEMORY_COPIES = 3
 """Copies of the weights held at once at the peak: the eager model, the traced program, a runtime session."""
 
@@ -100,7 +102,7 @@ def build(
     if earlier is not None and "verify" in reusable:
         return _up_to_date(target, earlier)
     check_output(target, overwrite=settings.overwrite)
-    _check_space(target, inputs.model, settings)
+    _check_space(target, _disk_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
         lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
         for requests in (inputs.harmful, inputs.benign, *inputs.evaluation.values()):
@@ -149,19 +151,24 @@ def build(
 
 
 def preview(model: str | Path, output: str | Path, settings: BuildSettings) -> BuildPreview:
-    """Say what `build` would do and need, and write nothing. Raises what bad input would raise."""
+    """Say what `build` would do and need, and write nothing.
+
+    Raises what bad input would raise, as far as it shows without loading the model: samples are not read.
+    """
     target = Path(output)
     inputs = read_inputs(Path(model), settings)
     earlier = earlier_bundle(target)
     parameters = parameter_count(inputs.model)
-    weights = parameters * BYTES_PER_PARAMETER[settings.dtype]
+    disk = _disk_bytes(inputs.model, settings)
     reusable = reusable_stages(target, earlier, inputs)
     if "verify" in reusable:
         steps = [(stage, "up to date") for stage in inputs.stages]
     else:
         check_output(target, overwrite=settings.overwrite)
+        _check_space(target, disk)
         steps = [(stage, "reused" if stage in reusable else "run") for stage in inputs.stages]
-    return BuildPreview(tuple(steps), parameters, weights, MEMORY_COPIES * weights)
+    memory = MEMORY_COPIES * parameters * BYTES_PER_PARAMETER[settings.dtype]
+    return BuildPreview(tuple(steps), parameters, disk, memory)
 
 
 def make_plan(lalm: Lalm, settings: BuildSettings, progress: Progress | None) -> SteeringPlan:
@@ -230,7 +237,7 @@ def finish(
     """Write the reports and the final manifest. Raises `ParityError` unless the verdict is passed."""
     if report.verdict is not Verdict.PASSED:
         raise ParityError(
-            "the engine does not do what the steered eager model does; nothing was written:\n  "
+            "parity of the steered engine with the steered eager model failed; nothing was written:\n  "
             + "\n  ".join(report.failures())
         )
     (folder / PARITY_REPORT).parent.mkdir()
@@ -250,8 +257,12 @@ def _write_frontend(lalm: Lalm, folder: Path) -> None:
     lalm.processor.save_pretrained(folder)
 
 
-def _check_space(target: Path, model: Path, settings: BuildSettings) -> None:
-    needed = parameter_count(model) * BYTES_PER_PARAMETER[settings.dtype]
+def _disk_bytes(model: Path, settings: BuildSettings) -> int:
+    """About how large the bundle will be."""
+    return parameter_count(model) * BYTES_PER_PARAMETER[settings.dtype] + BYTES_BESIDE_WEIGHTS
+
+
+def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(nearest_folder(target)).free
     if free < needed:
         raise InputError(

@@ -12,6 +12,7 @@ from calibration.errors import InputError
 from calibration.lalm import Lalm, load_lalm
 from calibration.plan import check_plan_fits
 from calibration.requests import read_requests
+from calibration.states import check_clips
 from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.manifest import STEERED_DECODER, UNSTEERED_DECODER
 from sarsteer_export.exporting.export import export
@@ -50,12 +51,8 @@ def verify(
                 f"{opened.manifest.model['fingerprint'][:12]}, this one's is {lalm.fingerprint[:12]}"
             )
         parts = lalm.parts
-        check_plan_fits(
-            plan,
-            hidden_size=parts.hidden_size,
-            num_layers=len(parts.blocks),
-            fingerprint=plan.model_fingerprint,
-        )
+        check_plan_fits(plan, hidden_size=parts.hidden_size, num_layers=len(parts.blocks))
+        check_clips(lalm, chosen)
         run = ParityRun(lalm, plan, chosen, settings, progress)
         around = run.check_around_decoder(opened)
         decoder = folder / UNSTEERED_DECODER

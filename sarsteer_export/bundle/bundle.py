@@ -214,7 +214,10 @@ class Bundle:
         )
         lengths = outputs["audio_feature_lengths"]
         if (short := int(lengths.min())) < 1:
-            raise InputError(f"a clip is too short: the audio encoder makes {max(short, 0)} embeddings of it")
+            raise InputError(
+                f"clip {int(lengths.argmin())} of the batch is too short: the audio encoder makes "
+                f"{max(short, 0)} embeddings of it"
+            )
         return [row[:length] for row, length in zip(outputs["audio_features"], lengths, strict=True)]
 
     def _embed(self, ids: NDArray[np.int64]) -> NDArray[Any]:

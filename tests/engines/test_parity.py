@@ -304,6 +304,17 @@ def test_at_strength_zero_the_engine_must_equal_itself_to_the_bit() -> None:
         assert failed(result) == {"bit-equal at strength 0"}
 
 
+@pytest.mark.parametrize(("factor", "judged"), [(0.99, False), (1.01, True)])
+def test_effects_are_judged_from_the_floor_on(factor: float, judged: bool) -> None:
+    wrong = Pair(ENGINE.baseline, combined(ENGINE.baseline, OTHER_EDIT, 0.05))
+    effects = list(measure_effects(script(), ORACLE, wrong))
+    loudest = max(effect.relative_norm for effect in effects)
+    figures = judge_effects(script(), effects, dataclasses.replace(LIMITS, effect_floor=loudest / factor))
+    assert any("cosine" in item.what for item in figures) is judged
+    not_judged = sum(effect.relative_norm < loudest / factor for effect in effects)
+    assert figures[0].detail.startswith(f"{not_judged} of {len(effects)} effects are below the floor")
+
+
 def test_parity_without_controls_is_refused() -> None:
     with pytest.raises(ValueError, match="without negative controls proves nothing"):
         compare(controls=[])

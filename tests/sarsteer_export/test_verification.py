@@ -15,7 +15,7 @@ from calibration.plan import Positions, SteeringPlan
 from calibration.requests import read_requests
 from engines.report import ParityReport, Verdict
 from graph_passes.onnx_file import read_graph, write_graph
-from graph_passes.patch import patch_model
+from graph_passes.patch import LastFrom, patch_model
 from sarsteer_export import ParitySettings, verify
 from sarsteer_export.bundle.manifest import (
     AUDIO_ENCODER,
@@ -147,6 +147,19 @@ def test_a_decoder_patched_with_a_wrong_plan_fails(
     text = failures(verify(bundle_copy, lalm, inputs.harmful, QUICK))
     assert "effect" in text
     assert "baseline" not in text, "the unsteered decoder is right"
+
+
+def test_a_decoder_that_steers_the_last_column_instead_of_the_last_attended_position_fails(
+    bundle_copy: Path, lalm: Lalm, inputs: Inputs, plan: SteeringPlan
+) -> None:
+    graph = read_graph(bundle_copy / UNSTEERED_DECODER)
+    wrong = patch_model(graph, plan, last_from=LastFrom.SEQUENCE).model
+    write_graph(wrong, bundle_copy / STEERED_DECODER)
+    adjust_hashes(bundle_copy)
+    one = dataclasses.replace(QUICK, prompts=1)  # one row: its padding is made, not found
+    text = failures(verify(bundle_copy, lalm, inputs.harmful, one))
+    assert "right padding, effect" in text
+    assert "left padding, effect" not in text
 
 
 def test_another_plan_file_than_the_one_in_the_decoder_fails(

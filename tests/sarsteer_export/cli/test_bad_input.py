@@ -619,3 +619,21 @@ def test_a_tokenizer_or_graph_that_was_replaced_by_something_else_of_its_size(bu
         refused(sarsteer("run", bundle_copy, "--text", "hello"), code=code)
         (bundle_copy / name).write_bytes(content)
     answered(sarsteer("run", bundle_copy, "--text", "hello", "--max-new-tokens", "1"))
+
+
+@pytest.mark.parametrize("name", ["calibrate", "build", "verify"])
+def test_a_clip_too_short_to_be_heard_is_named(
+    name: str, inputs: Inputs, bundle_path: Path, place: Path, tmp_path: Path
+) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 50)
+    soundfile.write(tmp_path / "blip.flac", noise, 16_000)
+    requests = tmp_path / "short.jsonl"
+    requests.write_text('{"audio": "blip.flac", "text": "hear"}\n', encoding="utf-8")
+    data = ("--harmful", requests, "--benign", inputs.benign)
+    arguments: dict[str, tuple[str | Path, ...]] = {
+        "calibrate": ("calibrate", inputs.model, *data, "-o", place / "plan.safetensors"),
+        "build": ("build", inputs.model, *data, "-o", place / "bundle"),
+        "verify": ("verify", bundle_path, "--model", inputs.model, "--requests", requests),
+    }
+    refused(sarsteer(*arguments[name]), "blip.flac", "too short, 50 samples at 16000 Hz", "at least 2")
+    assert listing(place) == {}

@@ -90,7 +90,9 @@ def test_a_build_proves_itself(build_result: tuple[Path, Result], bundle_path: P
     assert [case["case"] for case in parity["cases"]] == ["left padding", "right padding"]
     for case in parity["cases"]:
         names = {control["name"] for control in case["controls"]}
-        assert names == {"unsteered", "wrong sign", "wrong positions", "wrong layer"}
+        everywhere = {"unsteered", "wrong sign", "wrong positions", "wrong layer"}
+        right_only = {"last column instead of last attended"} if case["case"] == "right padding" else set()
+        assert names == everywhere | right_only
         assert all(control["caught"] for control in case["controls"])
         assert len(case["logits_difference"]) == 1 + 3
         figures = {item["what"] for item in case["measurements"]}
@@ -200,9 +202,53 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(inputs: Inputs, tmp
     found = answered_json(sarsteer(*given, "--json"))
     parameters = found["parameters"]
     assert parameters > 100_000
-    assert found["disk_bytes"] == 4 * parameters
-    assert found["memory_bytes"] >= 2 * found["disk_bytes"]
+    assert 4 * parameters < found["disk_bytes"] < 4 * parameters + 10_000_000
+    assert found["memory_bytes"] >= 8 * parameters
     assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.json", "processor_config.json", "generation_config.json"]
+)
+def test_a_changed_processor_file_makes_every_stage_run_again(
+    name: str, bundle_copy: Path, inputs: Inputs, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(inputs.model, model)
+    given = ("build", model, *inputs.build[2:], "-o", bundle_copy, "--overwrite", "--dry-run", "--json")
+    assert {fate for _, fate in answered_json(sarsteer(*given))["steps"]} == {"up to date"}
+    (model / name).write_text((model / name).read_text(encoding="utf-8") + " ", encoding="utf-8")
+    assert {fate for _, fate in answered_json(sarsteer(*given))["steps"]} == {"run"}
+
+
+def test_a_dry_run_refuses_what_shows_without_loading_the_model(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    tail = ("-o", place / "bundle", "--dry-run")
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"audio": "absent.flac", "text": "hear"}\n', encoding="utf-8")
+    head = ("build", inputs.model)
+    refused(
+        sarsteer(*head, "--harmful", requests, "--benign", inputs.benign, *tail),
+        "absent.flac",
+        "no such file",
+    )
+    (tmp_path / "absent.flac").write_text("no audio", encoding="utf-8")
+    refused(
+        sarsteer(*head, "--harmful", requests, "--benign", inputs.benign, *tail),
+        "absent.flac",
+        "not a readable",
+    )
+    single = inputs.benign.with_name("single.jsonl")
+    single.write_text(inputs.benign.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    refused(sarsteer(*head, "--harmful", inputs.harmful, "--benign", single, *tail), "1 benign", "at least 2")
+    single.unlink()
+    full = shutil.disk_usage(place)._replace(free=1_000)
+    monkeypatch.setattr("sarsteer_export.pipeline.shutil.disk_usage", lambda _path: full)
+    refused(sarsteer(*head, *inputs.data, *tail), "needs about", "are free there")
+    assert listing(place) == {}
 
 
 def test_a_dry_run_over_a_finished_bundle_says_so(bundle_path: Path, inputs: Inputs) -> None:
