@@ -16,7 +16,7 @@ from calibration.checkpoint import (
     read_config,
 )
 from calibration.errors import InputError
-from calibration.plan import SteeringPlan
+from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.requests import (
     SpokenRequest,
     check_audio_files,
@@ -95,7 +95,8 @@ class BuildInputs:
 
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     """Read and check what a build starts from, as far as that goes without loading the model."""
-    check_audio_language_model(model, read_config(model))
+    config = read_config(model)
+    check_audio_language_model(model, config)
     identity = fingerprint(model)
     limit, seed = settings.calibration.limit, settings.calibration.seed
     harmful = read_requests(settings.harmful, limit=limit, seed=seed)
@@ -112,7 +113,9 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         check_benign_count(benign, settings.benign)
     common = [identity, processor_digest(model), settings.dtype, installed_versions(*PACKAGES)]
     if settings.plan is not None:
-        calibration: Any = SteeringPlan.load(settings.plan).digest()
+        plan = SteeringPlan.load(settings.plan)
+        _check_plan_fits_config(plan, config, identity, force=settings.force)
+        calibration: Any = plan.digest()
     else:
         chosen = dataclasses.replace(settings.calibration, batch_size=1)
         calibration = [dataclasses.asdict(chosen), requests_digest(harmful), requests_digest(benign)]
@@ -128,6 +131,21 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         settings.keep_unsteered,
     )
     return BuildInputs(model, identity, harmful, benign, evaluation, stages)
+
+
+def _check_plan_fits_config(
+    plan: SteeringPlan, config: dict[str, Any], identity: str, *, force: bool
+) -> None:
+    """Refuse a plan that cannot fit before a model is loaded, where the configuration says enough."""
+    text = config.get("text_config")
+    sizes = text if isinstance(text, dict) else {}
+    check_plan_fits(
+        plan,
+        hidden_size=sizes.get("hidden_size", plan.hidden_size),
+        num_layers=sizes.get("num_hidden_layers", plan.num_layers),
+        fingerprint=identity,
+        force=force,
+    )
 
 
 def _key(*parts: Any) -> str:

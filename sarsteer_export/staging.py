@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import shutil
 import tempfile
@@ -25,8 +26,13 @@ RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 """How libraries written in Rust (tokenizers, safetensors) show an errno in an exception of their own."""
 NUMPY_WRITE_FAILED = ("problem writing element", "Not enough free space")
 """How numpy's `tofile` begins when a write came up short; its `OSError` has no errno."""
-OURS = ("manifest.json", "decoder_model_merged.onnx")
-"""A folder that holds one of these was written by this program, and may be overwritten by it."""
+MANIFEST, BUNDLE_FORMAT = "manifest.json", "sarsteer-bundle"
+EXPORT_FILES = frozenset(
+    f"{name}.onnx{data}"
+    for name in ("decoder_model_merged", "audio_encoder", "embed_tokens")
+    for data in ("", "_data")
+)
+"""What an export folder holds; a bundle's manifest lists what the bundle holds."""
 FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
 
 
@@ -38,9 +44,9 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
     target = Path(path)
     if target.exists() and not overwrite:
         raise InputError(f"{target}: exists; use --overwrite to replace it, or name another output")
-    if target.is_dir() and any(target.iterdir()) and not any((target / name).exists() for name in OURS):
+    if target.is_dir() and (foreign := foreign_file(target)) is not None:
         raise InputError(
-            f"{target}: a folder that holds neither a bundle nor an export; it is not replaced, remove it yourself"
+            f"{target}: holds {foreign}, which no bundle or export of ours has; it is not replaced, remove it yourself"
         )
     parent = nearest_folder(target)
     if not parent.is_dir():
@@ -83,6 +89,17 @@ def staged_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             place.parent.mkdir(parents=True, exist_ok=True)
             file.replace(place)
         whole.replace(target)
+
+
+def foreign_file(folder: Path) -> str | None:
+    """The first file in a folder that neither a bundle's manifest lists nor an export has, if there is one."""
+    known = set(EXPORT_FILES)
+    with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("format") == BUNDLE_FORMAT:
+            known = {MANIFEST, *manifest["files"]}
+    files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    return next((file for file in files if file not in known), None)
 
 
 def out_of_room(error: Exception) -> str | None:

@@ -165,7 +165,11 @@ class Bundle:
     def prompts(self, clips: Sequence[Clip], texts: Sequence[str]) -> Prompts:
         """Embed and left-pad a batch of requests."""
         samples = [None if clip is None else self._samples(clip) for clip in clips]
-        spoken = iter(self._encode_audio([clip for clip in samples if clip is not None]))
+        names = [
+            str(clip) if isinstance(clip, (str, Path)) else f"clip {row}" for row, clip in enumerate(clips)
+        ]
+        heard = [(name, clip) for name, clip in zip(names, samples, strict=True) if clip is not None]
+        spoken = iter(self._encode_audio(heard))
         audio_token = int(self.manifest.tokens["audio"])
         rows = []
         for clip, text in zip(samples, texts, strict=True):
@@ -200,10 +204,11 @@ class Bundle:
             raise InputError("the clip holds samples that are NaN or infinite")
         return np.asarray(clip, dtype=np.float32)
 
-    def _encode_audio(self, clips: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-        """Audio embeddings (n, D) of every clip."""
-        if not clips:
+    def _encode_audio(self, named: Sequence[tuple[str, NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
+        """Audio embeddings (n, D) of every clip, given with its name."""
+        if not named:
             return []
+        clips = [clip for _, clip in named]
         runner = self._runner(AUDIO_ENCODER, OnnxRuntimeRunner)
         features, mask = self.frontend.features(clips)
         outputs = runner.run(
@@ -213,11 +218,12 @@ class Bundle:
             }
         )
         lengths = outputs["audio_feature_lengths"]
-        if (short := int(lengths.min())) < 1:
-            raise InputError(
-                f"clip {int(lengths.argmin())} of the batch is too short: the audio encoder makes "
-                f"{max(short, 0)} embeddings of it"
-            )
+        for (name, clip), length in zip(named, lengths, strict=True):
+            if length < 1:
+                raise InputError(
+                    f"audio {name}: too short, {clip.size} samples at {self.frontend.sampling_rate} Hz; the audio "
+                    "encoder makes no embedding of it; give a longer clip"
+                )
         return [row[:length] for row, length in zip(outputs["audio_features"], lengths, strict=True)]
 
     def _embed(self, ids: NDArray[np.int64]) -> NDArray[Any]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 UNEXPECTED = 1
-DEBUG = "sarsteer_export.debug"
+DEBUG, SIGNALLED = "sarsteer_export.debug", "sarsteer_export.signalled"
 LOGGERS = ("calibration", "engines", "graph_passes", "sarsteer_export")
 
 
@@ -56,7 +56,7 @@ class Command(click.Command):
         _log_to_stderr()
         debug = bool(context.meta.get(DEBUG))
         try:
-            with _termination_interrupts():
+            with _signals_interrupt(context):
                 return super().invoke(context)
         except SarsteerError as error:
             if debug:
@@ -67,6 +67,8 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # the last resort: one message, whatever happened
+            if context.meta.get(SIGNALLED):
+                _fail(context, "interrupted; nothing was written", INTERRUPTED)
             if debug or (isinstance(error, OSError) and error.errno == errno.EPIPE):
                 raise  # a reader of stdout that went away, such as `head`, is no error: click ends quietly
             _fail(context, *_unexpected(error))
@@ -82,6 +84,9 @@ class Progress:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Report that `done` of `total` parts of a stage are finished."""
+        context = click.get_current_context(silent=True)
+        if context is not None and context.meta.get(SIGNALLED):
+            raise KeyboardInterrupt
         if stage != self._stage:
             self._stage, self._start = stage, time.monotonic()
         seconds = time.monotonic() - self._start
@@ -93,16 +98,26 @@ class Progress:
 
 
 @contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Within the block, SIGTERM ends the command as Ctrl-C does: staging folders are removed."""
+def _signals_interrupt(context: click.Context) -> Iterator[None]:
+    """Within the block, SIGTERM ends the command as Ctrl-C does: staging folders are removed.
+
+    Libraries now and then swallow or rewrap a KeyboardInterrupt while they are imported; so the signal is
+    remembered too, and `Progress` raises it again.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(_number: int, _frame: object) -> None:
+        context.meta[SIGNALLED] = True
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def emit(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
@@ -158,18 +173,31 @@ def _read_config(context: click.Context, _option: click.Parameter, path: Path | 
         raise click.BadParameter(f"{path} cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{path} is not TOML ({error})") from None
-    names = {
-        option.lstrip("-"): parameter.name
+    named = {
+        option.lstrip("-"): parameter
         for parameter in context.command.params
-        if isinstance(parameter, click.Option)
+        if isinstance(parameter, click.Option) and parameter.name not in ("config", "debug", "help")
         for option in parameter.opts
         if option.startswith("--")
     }
-    if unknown := sorted(set(values) - set(names)):
-        raise click.BadParameter(
-            f"{path}: unknown option {unknown[0]!r}; known are {', '.join(sorted(names))}"
-        )
-    context.default_map = {str(names[key]): value for key, value in values.items()}
+    for key, value in values.items():
+        if key not in named:
+            raise click.BadParameter(f"{path}: unknown option {key!r}; known are {', '.join(sorted(named))}")
+        kind, accepted = _toml_kind(named[key])
+        if not isinstance(value, accepted) or (isinstance(value, bool) and accepted is not bool):
+            raise click.BadParameter(f"{path}: {key} is {value!r}; expected {kind}")
+    context.default_map = {str(named[key].name): value for key, value in values.items()}
+
+
+def _toml_kind(option: click.Option) -> tuple[str, type | tuple[type, ...]]:
+    """What TOML value an option takes: a name for people, and the Python types."""
+    if option.is_flag:
+        return "true or false", bool
+    if isinstance(option.type, click.types.IntParamType):
+        return "a whole number", int
+    if isinstance(option.type, click.types.FloatParamType):
+        return "a number", (int, float)
+    return "a string", str
 
 
 def _remember_debug(context: click.Context, _option: click.Parameter, value: bool) -> None:

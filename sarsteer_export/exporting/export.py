@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
-from calibration.errors import UnsupportedError
+from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, find_decoder, load_lalm
 from graph_passes.patch import FINGERPRINT_KEY
 from sarsteer_export.exporting.components import AudioEncoderComponent, DecoderComponent, EmbedTokensComponent
@@ -70,6 +70,8 @@ def export(
     `overwrite`), `UnsupportedError` for a model whose parts cannot be found or traced.
     """
     target = check_output(output, overwrite=overwrite)
+    if (target / "manifest.json").exists():
+        raise InputError(f"{target}: is a bundle; an export does not replace one, name another output")
     lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
     with staged_directory(target, overwrite=overwrite) as folder:
         components = ExportedComponents.within(folder)

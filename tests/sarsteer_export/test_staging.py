@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from calibration.errors import InputError, ParityError
-from sarsteer_export.staging import check_output, out_of_room, staged_directory, staged_file
+from sarsteer_export.staging import check_output, foreign_file, out_of_room, staged_directory, staged_file
 from tests.sarsteer_export.command_line import listing
 
 
@@ -32,8 +32,8 @@ def read(kind: str, path: Path) -> str:
     return (path if kind == "file" else path / CONTENT).read_text(encoding="utf-8")
 
 
-CONTENT = "manifest.json"
-"""A folder that holds this is ours to replace."""
+CONTENT = "audio_encoder.onnx"
+"""A folder that holds nothing but files of an export is ours to replace."""
 KINDS = pytest.mark.parametrize("kind", ["file", "directory"])
 
 
@@ -109,7 +109,7 @@ def test_what_exists_is_put_back_when_the_last_rename_fails(
 def test_an_old_directory_is_replaced_whole_not_merged(tmp_path: Path) -> None:
     target = tmp_path / "output"
     write("directory", target, "old")
-    (target / "stale").write_text("x", encoding="utf-8")
+    (target / "embed_tokens.onnx").write_text("x", encoding="utf-8")
     write("directory", target, "new", overwrite=True)
     assert [file.name for file in target.iterdir()] == [CONTENT]
 
@@ -212,11 +212,39 @@ def test_a_folder_with_other_peoples_files_is_never_replaced(tmp_path: Path) -> 
     target.mkdir()
     (target / "thesis.tex").write_text("years of work", encoding="utf-8")
     with (
-        pytest.raises(InputError, match="holds neither a bundle nor an export; it is not replaced"),
+        pytest.raises(InputError, match=r"holds thesis\.tex, .*; it is not replaced"),
         staged_directory(target, overwrite=True),
     ):
         raise AssertionError("the block must not be entered")
     assert [file.name for file in target.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        '{"name": "my web app"}',
+        '{"format": "sarsteer-bundle", "files": {"plan": {}}}',
+        '{"format": "sarsteer-bundle"}',
+        "[]",
+        "no JSON",
+    ],
+)
+def test_a_manifest_alone_does_not_make_a_folder_ours(manifest: str, tmp_path: Path) -> None:
+    for name, text in (("manifest.json", manifest), ("plan", "ours"), ("thesis.tex", "years of work")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"holds (manifest.json|plan|thesis.tex), .* it is not replaced"):
+        check_output(tmp_path, overwrite=True)
+    assert foreign_file(tmp_path) in ("manifest.json", "plan", "thesis.tex")
+
+
+def test_a_bundle_is_ours_while_it_holds_what_its_manifest_lists(tmp_path: Path) -> None:
+    listed = '{"format": "sarsteer-bundle", "files": {"onnx/decoder.onnx": {}}}'
+    (tmp_path / "manifest.json").write_text(listed, encoding="utf-8")
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "decoder.onnx").write_text("graph", encoding="utf-8")
+    assert foreign_file(tmp_path) is None
+    (tmp_path / "onnx" / "notes.txt").write_text("mine", encoding="utf-8")
+    assert foreign_file(tmp_path) == "onnx/notes.txt"
 
 
 def test_an_empty_folder_is_replaced_when_told_to(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_tokens_with_every_audio_token_expanded_are_the_processor_s(
 ) -> None:
     inputs = encode_requests(lalm, list(TEXTS), clips)
     audio = bundle.manifest.tokens["audio"]
-    lengths = [len(rows) for rows in bundle._encode_audio(clips)]
+    lengths = [len(rows) for rows in bundle._encode_audio([("clip", clip) for clip in clips])]
     assert len(set(lengths)) > 1
     for row, (text, length) in enumerate(zip(TEXTS, lengths, strict=True)):
         prompt = bundle.frontend.prompt(text, spoken=True)

@@ -75,6 +75,28 @@ def test_a_wrong_config_is_refused(
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("alpha = [1, 2]", ["alpha is [1, 2]", "expected a number"]),
+        ("alpha = true", ["alpha is True", "expected a number"]),
+        ('alpha = "0.1"', ["alpha is '0.1'", "expected a number"]),
+        ("rank = 2.5", ["rank is 2.5", "expected a whole number"]),
+        ("rank = true", ["rank is True", "expected a whole number"]),
+        ("overwrite = 1", ["overwrite is 1", "expected true or false"]),
+        ("device = 3", ["device is 3", "expected a string"]),
+        ('config = "other.toml"', ["unknown option 'config'"]),
+        ("debug = true", ["unknown option 'debug'"]),
+    ],
+)
+def test_a_config_value_of_another_type_is_refused_not_converted(
+    text: str, words: list[str], inputs: Inputs, config: Path, tmp_path: Path
+) -> None:
+    config.write_text(text, encoding="utf-8")
+    given = ("calibrate", inputs.model, *inputs.data, "-o", tmp_path / "plan.safetensors", "--config", config)
+    refused(sarsteer(*given), str(config), *words)
+
+
 def test_a_config_that_is_no_utf8_or_missing_is_refused(config: Path) -> None:
     refused(sarsteer("inspect", "x", "--config", config), str(config), "No such file")
     config.write_bytes(b"alpha = '\xff'\n")

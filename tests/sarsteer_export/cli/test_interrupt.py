@@ -82,3 +82,32 @@ def test_while_the_command_is_still_being_imported(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     interrupted(process, tmp_path)
+
+
+SWALLOWED = """
+import os, signal, sys
+from sarsteer_export.cli import command
+report = command.Progress.__call__
+def swallowing(self, stage, done, total):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(10**6))
+    except KeyboardInterrupt:
+        pass  # as some libraries do while they are imported
+    report(self, stage, done, total)
+command.Progress.__call__ = swallowing
+from sarsteer_export.cli import main
+main(sys.argv[1:])
+"""
+REWRAPPED = SWALLOWED.replace("pass  #", "raise ImportError('initialization failed')  #")
+
+
+@pytest.mark.parametrize("code", [SWALLOWED, REWRAPPED], ids=["swallowed", "rewrapped"])
+def test_an_interrupt_that_a_library_swallowed_or_rewrapped_still_counts(
+    code: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    process = start(code, "calibrate", inputs.model, *inputs.data, "-o", tmp_path / "plan.safetensors")
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 130, stderr
+    one_error(stderr, "interrupted", "nothing was written")
+    assert listing(tmp_path) == {}
