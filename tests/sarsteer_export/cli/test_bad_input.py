@@ -637,3 +637,26 @@ def test_a_clip_too_short_to_be_heard_is_named(
     }
     refused(sarsteer(*arguments[name]), "blip.flac", "too short, 50 samples at 16000 Hz", "at least 2")
     assert listing(place) == {}
+
+
+def test_run_names_a_clip_too_short_to_be_heard(bundle_path: Path, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "blip.flac", np.random.default_rng(0).uniform(-0.5, 0.5, 50), 16_000)
+    result = sarsteer("run", bundle_path, "--audio", tmp_path / "blip.flac", "--text", "hear")
+    refused(result, "blip.flac", "too short, 50 samples at 16000 Hz", "give a longer clip")
+
+
+def test_an_export_never_replaces_a_bundle(inputs: Inputs, bundle_copy: Path) -> None:
+    before = listing(bundle_copy)
+    refused(
+        sarsteer("export", inputs.model, "-o", bundle_copy, "--overwrite"), "is a bundle", "another output"
+    )
+    assert listing(bundle_copy) == before
+
+
+def test_a_dry_run_refuses_a_plan_that_cannot_fit(
+    inputs: Inputs, deeper_checkpoint: Path, plan: SteeringPlan, place: Path, tmp_path: Path
+) -> None:
+    plan.save(tmp_path / "plan.safetensors")
+    given = ("build", deeper_checkpoint, *inputs.data, "--plan", tmp_path / "plan.safetensors")
+    refused(sarsteer(*given, "-o", place / "bundle", "--dry-run"), "3 decoder blocks", "this decoder has")
+    assert listing(place) == {}
