@@ -94,13 +94,21 @@ def last_position_states(
     return states_BLD.cpu().numpy()
 
 
+def load_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> list[NDArray[np.float32]]:
+    """The clips of some requests, each (samples,) float32 at the rate the model hears."""
+    return [
+        load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
+        for request in requests
+    ]
+
+
 def check_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> None:
     """Read every clip once and drop it, so that a bad one is found before the model has worked for an hour.
 
     Raises `InputError` naming the clip, also when it is too short for the audio encoder.
     """
     for request in requests:
-        clip = load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
+        (clip,) = load_clips(lalm, [request])
         if clip.size < MAYBE_SHORT_SECONDS * lalm.sampling_rate:
             tokens = audio_token_count(lalm, clip)
             if tokens < LEAST_AUDIO_TOKENS:
@@ -128,12 +136,7 @@ def collect_states(
         batches = []
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
-            audios = [
-                load_audio(
-                    request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds
-                )
-                for request in batch
-            ]
+            audios = load_clips(lalm, batch)
             batches.append(last_position_states(lalm, [request.text + suffix for request in batch], audios))
             if progress is not None:
                 progress(stage, start + len(batch), len(requests))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.requests import load_audio
+from calibration.states import load_clips
 from engines.parity import Measurement
 from sarsteer_export.behaviour import eager_answers
 from sarsteer_export.oracle import prompt_embeddings
@@ -59,10 +59,7 @@ def compare_prompts(
     lalm: Lalm, bundle: Bundle, requests: Sequence[SpokenRequest], limits: Limits
 ) -> tuple[Measurement, ...]:
     """What comes before the decoder: features, and prompt embeddings through encoder, embedding and template."""
-    clips = [
-        load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
-        for request in requests
-    ]
+    clips = load_clips(lalm, requests)
     wanted = lalm.processor.feature_extractor(
         clips,
         sampling_rate=lalm.sampling_rate,

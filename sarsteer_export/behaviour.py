@@ -12,7 +12,7 @@ import torch
 
 from calibration.errors import InputError
 from calibration.lalm import Lalm, encode_requests
-from calibration.requests import load_audio
+from calibration.states import load_clips
 from calibration.steered import steered
 
 if TYPE_CHECKING:
@@ -176,10 +176,7 @@ def eager_answers(
     lalm: Lalm, requests: Sequence[SpokenRequest], plan: SteeringPlan | None, *, max_new_tokens: int
 ) -> list[str]:
     """Greedy answers of the eager model to a batch of requests, steered by `plan` if there is one."""
-    clips = [
-        load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
-        for request in requests
-    ]
+    clips = load_clips(lalm, requests)
     inputs = encode_requests(lalm, [request.text for request in requests], clips)
     inputs.pop("position_ids")  # `generate` counts positions itself, over attended tokens
     model: Any = lalm.model

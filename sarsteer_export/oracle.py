@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from calibration.lalm import DecoderParts, Lalm, encode_requests, position_ids
-from calibration.requests import SpokenRequest, load_audio
+from calibration.states import load_clips
 from calibration.steered import steered
 from engines.parity import Pair
 from engines.trace import LOGITS, Script, Trace
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from calibration.plan import SteeringPlan
+    from calibration.requests import SpokenRequest
     from graph_passes.residual_stream import ResidualStream
 
 
@@ -92,10 +93,7 @@ def prompt_embeddings(lalm: Lalm, requests: Sequence[SpokenRequest]) -> PromptEm
 
 
 def _left_padded(lalm: Lalm, requests: Sequence[SpokenRequest]) -> _Prefill:
-    audios = [
-        load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
-        for request in requests
-    ]
+    audios = load_clips(lalm, requests)
     inputs = encode_requests(lalm, [request.text for request in requests], audios)
     captured: dict[str, torch.Tensor] = {}
 

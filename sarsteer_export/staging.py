@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.errors import InputError, SarsteerError
+from sarsteer_export.bundle.manifest import FORMAT, MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,6 @@ RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 """How libraries written in Rust (tokenizers, safetensors) show an errno in an exception of their own."""
 NUMPY_WRITE_FAILED = ("problem writing element", "Not enough free space")
 """How numpy's `tofile` begins when a write came up short; its `OSError` has no errno."""
-MANIFEST, BUNDLE_FORMAT = "manifest.json", "sarsteer-bundle"
 EXPORT_FILES = frozenset(
     f"{name}.onnx{data}"
     for name in ("decoder_model_merged", "audio_encoder", "embed_tokens")
@@ -96,7 +96,7 @@ def foreign_file(folder: Path) -> str | None:
     known = set(EXPORT_FILES)
     with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.get("format") == BUNDLE_FORMAT:
+        if manifest.get("format") == FORMAT:
             known = {MANIFEST, *manifest["files"]}
     files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
     return next((file for file in files if file not in known), None)

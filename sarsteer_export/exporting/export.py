@@ -18,6 +18,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, find_decoder, load_lalm
 from graph_passes.patch import FINGERPRINT_KEY
+from sarsteer_export.bundle.manifest import MANIFEST
 from sarsteer_export.exporting.components import AudioEncoderComponent, DecoderComponent, EmbedTokensComponent
 from sarsteer_export.exporting.contract import name_audio_encoder, name_decoder, name_embed_tokens
 from sarsteer_export.staging import check_output, staged_directory
@@ -70,7 +71,7 @@ def export(
     `overwrite`), `UnsupportedError` for a model whose parts cannot be found or traced.
     """
     target = check_output(output, overwrite=overwrite)
-    if (target / "manifest.json").exists():
+    if (target / MANIFEST).exists():
         raise InputError(f"{target}: is a bundle; an export does not replace one, name another output")
     lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
     with staged_directory(target, overwrite=overwrite) as folder:
