@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from calibration.directions import SteeringSettings, largest_rank, steering_plan
 from calibration.errors import InputError
 from calibration.lalm import Lalm, load_lalm
+from calibration.magnitudes import recorded_magnitudes, steered_magnitudes
 from calibration.requests import SpokenRequest, check_benign_count, read_requests, requests_digest
 from calibration.states import check_clips, collect_states
 
@@ -57,7 +58,9 @@ def calibrate(
     """Compute the SARSteer plan of a model (METHOD: refusal direction, safe subspace, ablation).
 
     `model`: a checkpoint directory, or a model already loaded. `harmful`, `benign`: JSON Lines files of
-    spoken requests. Raises `InputError` for a bad model, bad requests or fewer than two benign ones.
+    spoken requests. How large the residual stream gets, with and without the plan, goes into its provenance.
+    Raises `InputError` for a bad model, bad requests or fewer than two benign ones, and where the stream
+    overflows the model's dtype.
     """
     settings = settings or CalibrationSettings()
     if not settings.refusal_prompt:
@@ -66,17 +69,23 @@ def calibrate(
     benign_requests = read_requests(benign, limit=settings.limit, seed=settings.seed)
     check_benign_count(benign_requests, benign)
     lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
-    check_clips(lalm, (*harmful_requests, *benign_requests))
+    requests = (*harmful_requests, *benign_requests)
+    check_clips(lalm, requests)
     provenance = calibration_provenance(lalm, harmful_requests, benign_requests, settings)
-    states = collect_states(
-        lalm,
-        harmful_requests,
-        benign_requests,
-        refusal_prompt=settings.refusal_prompt,
-        batch_size=settings.batch_size,
-        progress=progress,
-    )
-    return steering_plan(states, settings.steering, provenance)
+    with recorded_magnitudes(lalm.parts) as record:
+        states = collect_states(
+            lalm,
+            harmful_requests,
+            benign_requests,
+            refusal_prompt=settings.refusal_prompt,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+    unsteered = record.per_block(steered=False)
+    plan = steering_plan(states, settings.steering, provenance)
+    steered = steered_magnitudes(lalm, requests, plan, batch_size=settings.batch_size, progress=progress)
+    largest = {"unsteered": unsteered, "steered": steered}
+    return replace(plan, provenance={**plan.provenance, "largest_magnitude": largest})
 
 
 def calibration_provenance(

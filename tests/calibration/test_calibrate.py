@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -17,8 +18,10 @@ from calibration.calibrate import REFUSAL_PROMPT, CalibrationSettings, calibrate
 from calibration.directions import SteeringSettings
 from calibration.errors import InputError
 from calibration.lalm import Lalm, encode_requests, fingerprint
+from calibration.magnitudes import recorded_magnitudes
 from calibration.plan import SteeringPlan
 from calibration.requests import SpokenRequest, load_audio, read_requests, requests_digest
+from calibration.steered import steered
 from tests import tiny_lalm
 
 SETTINGS = CalibrationSettings(steering=SteeringSettings(rank=3))
@@ -63,7 +66,7 @@ def test_provenance_says_what_the_plan_was_computed_from(
     lalm: Lalm, plan: SteeringPlan, checkpoint: Path, harmful_requests: Path, benign_requests: Path
 ) -> None:
     provenance = dict(plan.provenance)
-    versions = provenance.pop("versions")
+    versions, largest = provenance.pop("versions"), provenance.pop("largest_magnitude")
     assert versions.keys() == {"sarsteer-export", "torch", "transformers", "numpy"}
     assert versions["numpy"] == np.__version__
     template = str(lalm.processor.chat_template).encode()
@@ -85,6 +88,48 @@ def test_provenance_says_what_the_plan_was_computed_from(
         "seed": 0,
     }
     assert str(checkpoint) not in json.dumps(provenance)
+    assert largest.keys() == {"unsteered", "steered"}
+
+
+def test_provenance_says_how_large_the_stream_gets_with_and_without_the_plan(
+    lalm: Lalm, harmful_requests: Path, benign_requests: Path
+) -> None:
+    settings = CalibrationSettings(steering=SteeringSettings(rank=3, alpha=50.0), batch_size=4)
+    seen: list[tuple[str, int, int]] = []
+    plan = calibrate(
+        lalm, harmful_requests, benign_requests, settings, progress=lambda *step: seen.append(step)
+    )
+    largest = plan.provenance["largest_magnitude"]
+    requests = [*read_requests(harmful_requests), *read_requests(benign_requests)]
+    suffixed = [(request, REFUSAL_PROMPT) for request in read_requests(harmful_requests)]
+    plain = [(request, "") for request in requests]
+    with recorded_magnitudes(lalm.parts) as record:
+        for request, suffix in (*plain, *suffixed):
+            literal_state(lalm, request, suffix)
+    np.testing.assert_allclose(largest["unsteered"], record.largest_L(), rtol=1e-5, atol=0)
+    with steered(lalm.model, plan), recorded_magnitudes(lalm.parts) as record:
+        for request, suffix in plain:
+            literal_state(lalm, request, suffix)
+    np.testing.assert_allclose(largest["steered"], record.largest_L(), rtol=1e-5, atol=0)
+    assert max(np.divide(largest["steered"], largest["unsteered"])) > 2
+    assert seen[-3:] == [("steered", 4, 11), ("steered", 8, 11), ("steered", 11, 11)]
+
+
+def test_a_stream_that_overflows_is_refused_before_anything_is_computed_from_it(
+    lalm: Lalm, harmful_requests: Path, benign_requests: Path
+) -> None:
+    model = copy.deepcopy(lalm.model).half()
+    with torch.no_grad():
+        model.get_decoder().layers[1].mlp.up_proj.weight.mul_(1000)
+        model.get_decoder().layers[1].mlp.down_proj.weight.mul_(2e5)
+    overflowing = dataclasses.replace(lalm, model=model)
+    with pytest.raises(InputError, match=r"unsteered residual stream .* in block 1; it overflows float16"):
+        calibrate(overflowing, harmful_requests, benign_requests, SETTINGS)
+
+
+def test_the_digest_does_not_depend_on_what_was_measured(plan: SteeringPlan) -> None:
+    bare = {name: value for name, value in plan.provenance.items() if name != "largest_magnitude"}
+    assert dataclasses.replace(plan, provenance=bare).digest() == plan.digest()
 
 
 def test_a_calibrated_plan_survives_its_file(plan: SteeringPlan, tmp_path: Path) -> None:
@@ -98,7 +143,10 @@ def test_the_batch_size_does_not_matter(
 ) -> None:
     settings = dataclasses.replace(SETTINGS, batch_size=batch_size)
     other = calibrate(lalm, harmful_requests, benign_requests, settings)
-    assert other.provenance == plan.provenance
+    measured, expected_measured = (dict(found.provenance["largest_magnitude"]) for found in (other, plan))
+    assert other.provenance == {**plan.provenance, "largest_magnitude": measured}
+    for kind in ("unsteered", "steered"):  # six digits are kept; the last may differ
+        np.testing.assert_allclose(measured[kind], expected_measured[kind], rtol=1e-5, atol=0)
     for got, expected in zip(other.edits, plan.edits, strict=True):
         # measured 1.2e-7: states differ by 3e-7, see test_states
         np.testing.assert_allclose(got.tensors()["vector"], expected.tensors()["vector"], rtol=0, atol=1e-6)

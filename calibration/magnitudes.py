@@ -1,0 +1,143 @@
+"""How large the residual stream gets: what tells whether a narrow dtype holds it, and its square in a norm.
+
+Measured per decoder block at every attended position, because the largest activations of language models
+stand at early positions, and at three places: what the block reads, what the norms that are its direct
+children read (the stream between attention and MLP; in sandwich blocks also the branches), and what it
+returns, edits included. A norm is a child whose class is called one; where a model calls its norms
+otherwise, only the stream between attention and MLP goes unmeasured.
+
+Dimensions: L decoder blocks, B batch, S sequence, T past and present, D width.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from calibration.errors import InputError, UnsupportedError
+from calibration.lalm import DecoderParts, Lalm, encode_requests
+from calibration.states import hidden_of, load_clips
+from calibration.steered import steered
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from calibration.plan import SteeringPlan
+    from calibration.requests import SpokenRequest
+    from calibration.states import Progress
+
+SIGNIFICANT_DIGITS = 6
+"""What is kept of a magnitude; float32 sums in another order differ in the seventh."""
+
+
+class LargestMagnitudes:
+    """The largest |h| of every decoder block over the forward passes seen so far."""
+
+    def __init__(self, blocks: int) -> None:
+        self._largest: list[torch.Tensor] = [torch.zeros(())] * blocks
+        self._mask_BT: torch.Tensor | None = None
+        self._dtype: torch.dtype | None = None
+
+    def largest_L(self) -> NDArray[np.float32]:  # noqa: N802 - carries its dimension
+        """The magnitudes (L,) as they are: 0 before the first pass, NaN or infinite where the stream is."""
+        return np.array([float(largest) for largest in self._largest], dtype=np.float32)
+
+    def per_block(self, *, steered: bool) -> list[float]:
+        """The magnitudes of L blocks, rounded to a few significant digits.
+
+        Raises `InputError` naming the first block whose stream is not finite; `steered` says in which runs.
+        """
+        largest_L = self.largest_L()
+        if not np.isfinite(largest_L).all():
+            raise InputError(
+                f"the {'steered' if steered else 'unsteered'} residual stream holds NaN or infinite values in "
+                f"block {int(np.argmin(np.isfinite(largest_L)))}; it overflows "
+                f"{str(self._dtype).removeprefix('torch.')}, calibrate in float32 or bfloat16"
+                + (", or lower alpha" if steered else "")
+            )
+        return [float(f"{largest:.{SIGNIFICANT_DIGITS}g}") for largest in largest_L]
+
+    def see(self, layer: int, hidden_BSD: torch.Tensor) -> None:
+        """Take in one tensor of a block, at the attended positions of the forward pass under way."""
+        peaks_BS = hidden_BSD.detach().abs().amax(dim=-1).float()
+        if self._mask_BT is not None:
+            attended_BS = self._mask_BT[:, -hidden_BSD.shape[1] :].bool().to(peaks_BS.device)
+            peaks_BS = torch.where(attended_BS, peaks_BS, 0.0)
+        self._largest[layer] = torch.maximum(self._largest[layer].to(peaks_BS.device), peaks_BS.amax())
+        self._dtype = hidden_BSD.dtype
+
+    def read_mask(self, _decoder: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the decoder: note the attention mask (B, T); without one every position counts."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+            raise UnsupportedError(
+                "measuring the residual stream needs the decoder's 2-D attention mask [batch, past + sequence]; "
+                f"got {getattr(mask, 'shape', type(mask).__name__)}"
+            )
+        self._mask_BT = mask
+
+
+@contextmanager
+def recorded_magnitudes(parts: DecoderParts) -> Iterator[LargestMagnitudes]:
+    """Within the block, every forward pass of the decoder is measured.
+
+    Entered inside `steered`, it sees the edited stream.
+    """
+    record = LargestMagnitudes(len(parts.blocks))
+    with ExitStack() as hooks:
+        handle: Any = parts.decoder.register_forward_pre_hook(record.read_mask, with_kwargs=True)
+        hooks.callback(handle.remove)
+        for layer, block in enumerate(parts.blocks):
+            norms = [child for child in block.children() if "norm" in type(child).__name__.lower()]
+            for reader in (block, *norms):
+                handle = reader.register_forward_pre_hook(
+                    partial(_see_input, record, layer), with_kwargs=True
+                )
+                hooks.callback(handle.remove)
+            handle = block.register_forward_hook(partial(_see_output, record, layer))
+            hooks.callback(handle.remove)
+        yield record
+
+
+def steered_magnitudes(
+    lalm: Lalm,
+    requests: Sequence[SpokenRequest],
+    plan: SteeringPlan,
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Run requests through the steered model: the largest |h| of every block, in plain numbers.
+
+    Raises `InputError` when the steered stream overflows the model's dtype.
+    """
+    with steered(lalm.model, plan), recorded_magnitudes(lalm.parts) as record, torch.inference_mode():
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            texts = [request.text for request in batch]
+            lalm.model(**encode_requests(lalm, texts, load_clips(lalm, batch)), use_cache=False)
+            if progress is not None:
+                progress("steered", start + len(batch), len(requests))
+    return record.per_block(steered=True)
+
+
+def _see_input(
+    record: LargestMagnitudes,
+    layer: int,
+    _module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    record.see(layer, args[0] if args else kwargs["hidden_states"])
+
+
+def _see_output(
+    record: LargestMagnitudes, layer: int, _block: torch.nn.Module, _args: Any, output: Any
+) -> None:
+    record.see(layer, hidden_of(output))
