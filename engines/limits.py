@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from calibration.errors import UnsupportedError
@@ -54,6 +55,35 @@ LIMITS: dict[tuple[str, str], Limits] = {
             "than PyTorch does: 2e-3 relative and 4e-3 in the effect's norm were measured on the pocket LALM"
         ),
     ),
+}
+
+_NOT_MEASURED = "Provisional: no GPU has run it for this project yet. "
+_ON_GPU = {
+    "float32": dataclasses.replace(
+        LIMITS["onnxruntime-cpu", "float32"],
+        source=_NOT_MEASURED
+        + "Both sides compute in float32 (TF32 is switched off), as on ONNX Runtime's CPU provider",
+    ),
+    "float16": dataclasses.replace(
+        LIMITS["onnxruntime-cpu", "float16"],
+        source=_NOT_MEASURED
+        + "Both sides round to 11 bits at every tensor, as on ONNX Runtime's CPU provider",
+    ),
+    "bfloat16": Limits(
+        max_abs=8e-2,
+        cosine=0.999,
+        kl=4e-2,
+        top1=1.0,
+        effect_cosine=0.99,
+        effect_ratio=0.16,
+        effect_floor=8e-2,
+        source=_NOT_MEASURED + "Eight times the errors of float16: three bits fewer",
+    ),
+}
+LIMITS |= {
+    (backend, precision): limits
+    for backend in ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx")
+    for precision, limits in _ON_GPU.items()
 }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 
-from calibration.errors import EngineError, InputError
+from calibration.errors import EngineError, InputError, UnsupportedError
 from engines.runner import TensorSpec, cache_pairs, check_feeds
 
 if TYPE_CHECKING:
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
     from typing_extensions import Self
+
+    from engines.backends import Backend
+
+    Provider = str | tuple[str, dict[str, str]]
 
 CPU = ("CPUExecutionProvider",)
 DATA_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
@@ -35,7 +41,8 @@ class OnnxRuntimeRunner:
     """Runs a graph on ONNX Runtime.
 
     `graph`: a path, or the serialized bytes of a graph whose external data lies in `data_folder`.
-    Entering raises `EngineError` when the runtime refuses the graph.
+    Entering raises `EngineError` when the runtime refuses the graph, `UnsupportedError` when it cannot use a
+    provider; it never falls back to another.
     """
 
     def __init__(
@@ -43,7 +50,7 @@ class OnnxRuntimeRunner:
         graph: str | Path | bytes,
         *,
         data_folder: str | Path | None = None,
-        providers: Sequence[str] = CPU,
+        providers: Sequence[Provider] = CPU,
     ) -> None:
         self._graph = graph
         self._data_folder = data_folder
@@ -58,12 +65,22 @@ class OnnxRuntimeRunner:
         if self._data_folder is not None:
             options.add_session_config_entry(DATA_FOLDER_KEY, str(self._data_folder))
         graph = self._graph if isinstance(self._graph, bytes) else str(self._graph)
+        names = [provider if isinstance(provider, str) else provider[0] for provider in self._providers]
+        if names != list(CPU):
+            with contextlib.redirect_stdout(sys.stderr):  # it prints what it cannot find
+                ort.preload_dlls()  # CUDA's libraries, as packages of Python hold them
         try:
             self._session = ort.InferenceSession(graph, options, providers=self._providers)
         except Exception as error:  # the runtime's exceptions share no base class but Exception
             raise EngineError(
                 f"ONNX Runtime {ort.__version__} refuses the graph: {_first_line(error)}"
             ) from error
+        if missing := [name for name in names if name not in self._session.get_providers()]:
+            self._session = None
+            raise UnsupportedError(
+                f"ONNX Runtime {ort.__version__} cannot use {missing[0]} here; its libraries or its GPU are missing; "
+                "`sarsteer-export doctor` shows what this machine can run"
+            )
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
         return self
@@ -143,6 +160,13 @@ class OnnxRuntimeDecoder(OnnxRuntimeRunner):
     def cache(self) -> dict[str, NDArray[Any]]:
         """A copy of the cache on the host, by output name."""
         return {name: value.numpy() for name, value in self._cache.items()}
+
+
+def provider_of(backend: Backend) -> list[Provider]:
+    """A backend's execution provider with its options, as ONNX Runtime takes it."""
+    if backend.provider is None:
+        raise ValueError(f"{backend.name} is no execution provider of ONNX Runtime")
+    return [(backend.provider, dict(backend.provider_options))]
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: the one place that knows their API."""
