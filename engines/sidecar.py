@@ -96,9 +96,10 @@ class BuildFacts:
 class EngineRecord:
     """What a sidecar holds.
 
-    `engine`: file, bytes and sha256 of the serialized engine. `graph`: file and sha256 of the ONNX graph, and
-    sha256 of each external data file. `compute_capabilities`: CUDA compute capabilities it was built for.
-    `steering`: the steering constants found in the network. `warnings`: lines of the builder's log.
+    `engine`: file, bytes and sha256 of the serialized engine. `graph`: file and sha256 of the ONNX graph, sha256 of
+    each external data file, and the fingerprint of the model it was exported from, where it says.
+    `compute_capabilities`: CUDA compute capabilities it was built for. `steering`: the steering constants found in
+    the network, in the order in which they act. `warnings`: lines of the builder's log.
     """
 
     backend: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import onnx_graphsurgeon as gs
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -89,7 +89,7 @@ def insert_edits(
     model = split_fused_norms(model, {stream.tensor(edit.site, edit.layer) for edit in plan.edits})
     index = GraphIndex(model.graph)
     opset = opset_of(model)
-    anchors = _by_anchor(stream, plan)
+    anchors = by_anchor(stream, plan)
     splices: list[_Splice] = []
     last = None
     if any(edit.positions is Positions.LAST for edit in plan.edits):
@@ -124,8 +124,16 @@ def _refuse_steered(index: GraphIndex) -> None:
         )
 
 
-def _by_anchor(stream: ResidualStream, plan: SteeringPlan) -> dict[str, list[int]]:
-    """Numbers of the edits per stream tensor, in the order in which they act there."""
+class StreamTensors(Protocol):
+    """Whatever knows a name for the tensor of the stream at a site; equal names are one tensor."""
+
+    def tensor(self, site: Site, layer: int) -> str:
+        """The tensor at `site` of block `layer`."""
+        ...
+
+
+def by_anchor(stream: StreamTensors, plan: SteeringPlan) -> dict[str, list[int]]:
+    """The numbers of a plan's edits per stream tensor, in the order in which they act there."""
     order = {Site.BLOCK_OUTPUT: 0, Site.BLOCK_INPUT: 1, Site.FINAL_NORM_OUTPUT: 2}
     anchors: dict[str, list[int]] = {}
     for number in sorted(range(len(plan.edits)), key=lambda number: order[plan.edits[number].site]):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onnx import numpy_helper
+from onnx.external_data_helper import uses_external_data
 
+from calibration.errors import InputError
 from graph_passes.residual_stream import STEERING_PREFIX
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from numpy.typing import NDArray
+    from onnx import ModelProto, TensorProto
 
 NAME_PARTS = 6
-"""sarsteer . layer . site . op . n . tensor."""
+"""sarsteer . layer . site . op . n . tensor or node."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,55 @@ class SteeringConstant:
     norm: float
 
 
+def edit_of(name: str) -> str | None:
+    """The edit `sarsteer.{layer}.{site}.{op}.{n}` that a node or constant belongs to, or None.
+
+    What steering shares, the mask of last positions, belongs to no edit.
+    """
+    edit, _, _ = name.rpartition(".")
+    parts = name.split(".")
+    belongs = name.startswith(STEERING_PREFIX) and len(parts) == NAME_PARTS and parts[1].isdigit()
+    return edit if belongs else None
+
+
+def edit_initializers(model: ModelProto) -> dict[str, TensorProto]:
+    """The initializers of every edit by name, scalars included, in graph order: the graph's own, no copies.
+
+    Raises `InputError` for one whose values are not in the graph but in external data.
+    """
+    found = {tensor.name: tensor for tensor in model.graph.initializer if edit_of(tensor.name) is not None}
+    for tensor in found.values():
+        if uses_external_data(tensor):
+            raise InputError(
+                f"the steering constant {tensor.name!r} lies in external data; expected it in the graph itself, "
+                "where `patch` puts it; patch the unsteered graph instead"
+            )
+    return found
+
+
+def steering_tensors(model: ModelProto) -> dict[str, NDArray[Any]]:
+    """The values of the constants of every edit by name, in graph order: vectors (D,), bases and means.
+
+    Scalars and the constants of the mask of last positions are left out. bfloat16 is ml_dtypes' dtype.
+    Raises `InputError` for one in external data.
+    """
+    return {
+        name: numpy_helper.to_array(tensor)
+        for name, tensor in edit_initializers(model).items()
+        if tensor.dims
+    }
+
+
 def steering_constants(model: ModelProto) -> tuple[SteeringConstant, ...]:
-    """The constants of every edit in a graph: vectors, bases and means, in graph order."""
+    """The constants of every edit in a graph: vectors, bases and means, in graph order.
+
+    Raises `InputError` for one in external data.
+    """
     found = []
-    for tensor in model.graph.initializer:
-        parts = tensor.name.split(".")
-        if not tensor.name.startswith(STEERING_PREFIX) or len(parts) != NAME_PARTS or not tensor.dims:
-            continue
-        values = numpy_helper.to_array(tensor)
+    for name, values in steering_tensors(model).items():
+        parts = name.split(".")
         norm = float((values.astype("float64") ** 2).sum() ** 0.5)
         found.append(
-            SteeringConstant(
-                int(parts[1]), parts[2], parts[3], tensor.name, str(values.dtype), values.shape, norm
-            )
+            SteeringConstant(int(parts[1]), parts[2], parts[3], name, str(values.dtype), values.shape, norm)
         )
     return tuple(found)

@@ -24,8 +24,11 @@ from calibration.requests import (
     read_requests,
     requests_digest,
 )
+from engines.cuda_driver import cuda_driver
 from engines.limits import limits_for
 from sarsteer_export.behaviour import Judge
+from sarsteer_export.bundle_engines import check_engines
+from sarsteer_export.engine_build import EngineSettings
 from sarsteer_export.exporting.export import OPSET
 from sarsteer_export.parity_run import ParitySettings
 from sarsteer_export.versions import installed_versions
@@ -43,6 +46,8 @@ PACKAGES = (
     "onnxscript",
     "onnxruntime-gpu",
     "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx",
     "numpy",
 )
 
@@ -52,7 +57,8 @@ class BuildSettings:
     """Everything a build can be told.
 
     `plan`: a ready plan file; calibration is then skipped, and `harmful` and `benign` serve parity alone.
-    `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none.
+    `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none. `engine`: what to build
+    beside the ONNX graphs. `allow_overflow`: build even where calibration saw values that float16 cannot square.
     """
 
     harmful: Path
@@ -63,6 +69,8 @@ class BuildSettings:
     eval_harmful: Path | None = None
     eval_benign: Path | None = None
     judge: Judge = field(default_factory=Judge)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    allow_overflow: bool = False
     max_new_tokens: int = 32
     keep_unsteered: bool = True
     device: str = "cpu"
@@ -83,10 +91,14 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class BuildInputs:
-    """The inputs of a build, read and identified: what the stage keys are made of."""
+    """The inputs of a build, read and identified: what the stage keys are made of.
+
+    `longest`: the most positions the model knows, where its configuration says.
+    """
 
     model: Path
     fingerprint: str
+    longest: int | None
     harmful: tuple[SpokenRequest, ...]
     benign: tuple[SpokenRequest, ...]
     evaluation: dict[str, Sequence[SpokenRequest]]
@@ -121,6 +133,15 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         calibration = [dataclasses.asdict(chosen), requests_digest(harmful), requests_digest(benign)]
     evaluated = [requests_digest(asked) for asked in evaluation.values()]
     stages = {"calibrate": _key(common, calibration), "export": _key(common, OPSET)}
+    if settings.engine.engines:
+        check_engines(settings.engine, settings.dtype, prompts=settings.parity.prompts)
+        versions = [backend.version() for backend in settings.engine.backends]
+        stages["engines"] = _key(
+            stages,
+            dataclasses.asdict(settings.engine),
+            versions,
+            [gpu.compute_capability for gpu in cuda_driver().gpus],
+        )
     stages["verify"] = _key(
         stages,
         dataclasses.asdict(settings.parity),
@@ -130,7 +151,13 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         settings.max_new_tokens,
         settings.keep_unsteered,
     )
-    return BuildInputs(model, identity, harmful, benign, evaluation, stages)
+    return BuildInputs(model, identity, _longest(config), harmful, benign, evaluation, stages)
+
+
+def _longest(config: dict[str, Any]) -> int | None:
+    text = config.get("text_config")
+    longest = text.get("max_position_embeddings") if isinstance(text, dict) else None
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def _check_plan_fits_config(

@@ -7,9 +7,18 @@ import shutil
 from typing import TYPE_CHECKING
 
 from calibration.errors import InputError
-from sarsteer_export.bundle.manifest import ONNX_FOLDER, PLAN, STEERED_DECODER, UNSTEERED_DECODER, Manifest
+from sarsteer_export.bundle.manifest import (
+    ENGINES_FOLDER,
+    ONNX_FOLDER,
+    PLAN,
+    STEERED_DECODER,
+    UNSTEERED_DECODER,
+    EngineEntry,
+    Manifest,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from sarsteer_export.build_inputs import BuildInputs
@@ -30,12 +39,17 @@ def reusable_stages(target: Path, earlier: Manifest | None, inputs: BuildInputs)
     if earlier is None:
         return ()
     exported = _exported_files(earlier)
-    files = {"calibrate": [PLAN.as_posix()], "export": exported, "verify": list(earlier.files)}
+    files = {
+        "calibrate": [PLAN.as_posix()],
+        "export": exported,
+        "engines": _engine_files(earlier),
+        "verify": list(earlier.files),
+    }
     if UNSTEERED_DECODER.as_posix() not in exported:
         del files["export"]
     fresh = []
     for stage, names in files.items():
-        if earlier.stages.get(stage) != inputs.stages[stage]:
+        if stage not in inputs.stages or earlier.stages.get(stage) != inputs.stages[stage]:
             continue
         if (altered := earlier.altered(target, names)) is not None:
             logger.warning("%s: was altered since it was built; %s is not reused", target / altered, stage)
@@ -50,8 +64,23 @@ def _exported_files(manifest: Manifest) -> list[str]:
     return [name for name in manifest.files if name.startswith(inside) and name != STEERED_DECODER.as_posix()]
 
 
+def _engine_files(manifest: Manifest) -> list[str]:
+    """Engines and their sidecars."""
+    return [name for name in manifest.files if name.startswith(f"{ENGINES_FOLDER.as_posix()}/")]
+
+
 def copy_export(target: Path, manifest: Manifest, folder: Path) -> None:
     """Copy the exported files of an earlier bundle into a new bundle's folder."""
-    for name in _exported_files(manifest):
+    _copy(target, folder, _exported_files(manifest))
+
+
+def copy_engines(target: Path, manifest: Manifest, folder: Path) -> tuple[EngineEntry, ...]:
+    """Copy the engines of an earlier bundle into a new bundle's folder; they are proven anew."""
+    _copy(target, folder, _engine_files(manifest))
+    return manifest.engines
+
+
+def _copy(target: Path, folder: Path, names: Sequence[str]) -> None:
+    for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(target / name, folder / name)

@@ -14,8 +14,8 @@ import torch
 
 from calibration.errors import InputError, ParityError
 from calibration.plan import Add, Positions, Site
+from engines.backends import CPU_BACKEND, find_backend
 from engines.limits import Limits, limits_for
-from engines.onnxruntime_runner import OnnxRuntimeDecoder
 from engines.parity import Pair, agreement, compare_case
 from engines.report import ParityReport
 from engines.trace import Script, Trace, record
@@ -26,6 +26,7 @@ from graph_passes.residual_stream import ResidualStream, find_residual_stream
 from sarsteer_export.around_decoder import AroundDecoder, compare_prompts, compare_rollouts
 from sarsteer_export.controls import wrong_plans
 from sarsteer_export.oracle import OracleCase, Padding, oracle_case
+from sarsteer_export.parity_runtime import OnnxRuntimeParity, ParityRuntime
 from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class ParitySettings:
     prompts: int = 4
     decode_steps: int = 8
     blocks: bool = True
-    backend: str = "onnxruntime-cpu"
+    backend: str = CPU_BACKEND.name
     precision: str = "float32"
 
     def __post_init__(self) -> None:
@@ -70,13 +71,17 @@ class VerifiedExport:
 
 @dataclass(frozen=True)
 class ParityRun:
-    """Parity of one model and plan on a few requests. `plan` must fit the model."""
+    """Parity of one model and plan on a few requests. `plan` must fit the model.
+
+    `runtime`: where decoders run; by default the backend of `settings`, an execution provider of ONNX Runtime.
+    """
 
     lalm: Lalm
     plan: SteeringPlan
     requests: Sequence[SpokenRequest]
     settings: ParitySettings
     progress: Progress | None = None
+    runtime: ParityRuntime | None = None
 
     @property
     def limits(self) -> Limits:
@@ -100,7 +105,7 @@ class ParityRun:
                 decode_steps=self.settings.decode_steps,
                 stream=stream if self.settings.blocks else None,
             )
-            trace = self._run(unsteered, export, case.script)
+            trace = self._run_graph(unsteered, export, case.script)
             figures = agreement(
                 f"{case.script.name}, export", case.script, case.traces.baseline, trace, self.limits
             )
@@ -126,11 +131,10 @@ class ParityRun:
         )
 
     def check_steering(self, export: VerifiedExport, decoder: Path, around: AroundDecoder) -> ParityReport:
-        """Compare a steered decoder file with the steered eager model, negative controls included."""
-        steered = read_graph(decoder)
+        """Compare a steered decoder file or engine with the steered eager model, negative controls included."""
         results = []
         for padding, case, baseline in zip(Padding, export.cases, export.baselines, strict=True):
-            edited = self._run(steered, dataclasses.replace(export, data_folder=decoder.parent), case.script)
+            edited = self._run_file(decoder, export, case.script)
             results.append(
                 compare_case(
                     case.script,
@@ -148,8 +152,20 @@ class ParityRun:
             limits=self.limits,
             components=around.measurements,
             cases=tuple(results),
-            context=self._context(export),
+            context=self._context() | {"blocks": _norms(self.plan, export)},
             notes=around.rollouts,
+        )
+
+    def not_executed(self, reason: str) -> ParityReport:
+        """The report of an engine that was built and cannot be run here."""
+        return ParityReport(
+            backend=self.settings.backend,
+            precision=self.settings.precision,
+            limits=self.limits,
+            components=(),
+            cases=(),
+            context=self._context(),
+            notes=(reason,),
         )
 
     @property
@@ -171,28 +187,46 @@ class ParityRun:
             wrong["last column instead of last attended"] = last_column.model
         return [
             ("unsteered", baseline),
-            *((name, self._run(graph, export, script)) for name, graph in wrong.items()),
+            *((name, self._run_graph(graph, export, script)) for name, graph in wrong.items()),
         ]
 
-    def _run(self, graph: ModelProto, export: VerifiedExport, script: Script) -> Trace:
+    @property
+    def _runtime(self) -> ParityRuntime:
+        return self.runtime or OnnxRuntimeParity(find_backend(self.settings.backend))
+
+    def _run_graph(self, graph: ModelProto, export: VerifiedExport, script: Script) -> Trace:
         probed = expose_block_outputs(graph, export.stream) if self.settings.blocks else graph
-        with OnnxRuntimeDecoder(probed.SerializeToString(), data_folder=export.data_folder) as runner:
+        with self._runtime.graph(probed, export.data_folder) as runner:
+            return record(runner, script)
+
+    def _run_file(self, decoder: Path, export: VerifiedExport, script: Script) -> Trace:
+        """Run what is shipped: as it is, or with its blocks' outputs exposed."""
+        if self.settings.blocks:
+            beside = dataclasses.replace(export, data_folder=decoder.parent)
+            return self._run_graph(read_graph(decoder), beside, script)
+        with self._runtime.file(decoder) as runner:
             return record(runner, script)
 
     def _report(self, stage: str, done: int) -> None:
         if self.progress is not None:
             self.progress(stage, done, len(Padding))
 
-    def _context(self, export: VerifiedExport) -> dict[str, Any]:
+    def _context(self) -> dict[str, Any]:
         return {
             "settings": dataclasses.asdict(self.settings),
             "plan_sha256": self.plan.digest(),
             "model": type(self.lalm.model).__name__,
             "model_fingerprint": self.lalm.fingerprint,
             "edits": len(self.plan.edits),
-            "blocks": _norms(self.plan, export),
             "versions": installed_versions(
-                "torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy"
+                "torch",
+                "transformers",
+                "onnx",
+                "onnxruntime-gpu",
+                "onnxruntime",
+                "tensorrt",
+                "tensorrt-rtx",
+                "numpy",
             ),
             "torch_threads": torch.get_num_threads(),
         }

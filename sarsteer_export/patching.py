@@ -32,15 +32,28 @@ def patch(
     source, target = Path(decoder), Path(output)
     graph = read_graph(source)
     chosen = plan if isinstance(plan, SteeringPlan) else SteeringPlan.load(plan)
+    check_output_name(graph, target)
+    result = patch_model(graph, chosen, force=force, last_from=last_from)
+    write_decoder(result.model, source, target, overwrite=overwrite)
+    return result
+
+
+def check_output_name(graph: ModelProto, target: Path) -> None:
+    """Raise `InputError` when `target` is named as the external data of `graph`, which it would replace."""
     if target.name in {file.location for file in external_files(graph)}:
         raise InputError(f"{target}: is the name of the decoder's external data; name another output")
-    result = patch_model(graph, chosen, force=force, last_from=last_from)
+
+
+def write_decoder(graph: ModelProto, source: Path, target: Path, *, overwrite: bool) -> None:
+    """Write a graph made from `source`: beside it sharing its external data, elsewhere with a copy of it.
+
+    Raises `InputError` when the output, or data that would be copied, exists and may not be overwritten.
+    """
     with staged_file(target, overwrite=overwrite) as staged:
         if target.resolve().parent != source.resolve().parent:
             _refuse_to_replace_data(graph, target, overwrite=overwrite)
             copy_external_data(graph, source.parent, staged.parent)
-        write_graph(result.model, staged)
-    return result
+        write_graph(graph, staged)
 
 
 def _refuse_to_replace_data(graph: ModelProto, target: Path, *, overwrite: bool) -> None:

@@ -20,6 +20,7 @@ from calibration.errors import InputError, ParityError
 from calibration.lalm import Lalm, load_lalm
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.states import check_clips
+from engines.backends import Runtime
 from engines.report import ParityReport, Verdict
 from graph_passes.interface import graph_inputs, graph_outputs
 from graph_passes.onnx_file import read_graph, write_graph
@@ -32,7 +33,7 @@ from sarsteer_export.build_inputs import (
     BuildSettings,
     read_inputs,
 )
-from sarsteer_export.build_reuse import copy_export, earlier_bundle, reusable_stages
+from sarsteer_export.build_reuse import copy_engines, copy_export, earlier_bundle, reusable_stages
 from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.frontend import check_extractor
 from sarsteer_export.bundle.manifest import (
@@ -46,16 +47,21 @@ from sarsteer_export.bundle.manifest import (
     PLAN,
     STEERED_DECODER,
     UNSTEERED_DECODER,
+    EngineEntry,
     Manifest,
     describe_files,
 )
+from sarsteer_export.bundle_engines import add_engine, prove_engine
 from sarsteer_export.exporting.export import export
 from sarsteer_export.parity_run import ParityRun, parity_requests
+from sarsteer_export.range_guard import check_range
 from sarsteer_export.report_page import parity_page
 from sarsteer_export.staging import check_output, nearest_folder, staged_directory
 from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from calibration.states import Progress
 
 
@@ -77,23 +83,25 @@ class BuildPreview:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished bundle, its reports as JSON, and the stages that were taken from an earlier build."""
+    """A finished bundle, its reports as JSON, its engines, and the stages taken from an earlier build."""
 
     path: Path
     parity: dict[str, Any]
     parity_table: str
     behaviour: dict[str, Any] | None
     behaviour_table: str | None
+    engines: tuple[EngineEntry, ...]
     reused: tuple[str, ...]
 
 
 def build(
     model: str | Path, output: str | Path, settings: BuildSettings, *, progress: Progress | None = None
 ) -> BuildResult:
-    """Calibrate, export, check the export, patch, prove, and write a bundle to `output`.
+    """Calibrate, export, check the export, patch, prove, build engines and prove them, and write a bundle.
 
     Raises `InputError` for bad input, `SiteNotFoundError` when there is no residual stream to steer,
-    `ParityError` when the engine does not do what the steered eager model does; nothing is written then.
+    `EngineError` when an engine cannot be built, `ParityError` when the decoder or an engine that can be run here
+    does not do what the steered eager model does; nothing is written then.
     """
     target = Path(output)
     inputs = read_inputs(Path(model), settings)
@@ -123,6 +131,7 @@ def build(
         run = ParityRun(lalm, plan, chosen, settings.parity, progress)
         exported = run.check_export(folder / UNSTEERED_DECODER)
         patched = patch_model(exported.unsteered, plan, force=settings.force)
+        check_range(plan, patched.model, allow_overflow=settings.allow_overflow)
         write_graph(patched.model, folder / STEERED_DECODER)
         manifest = describe(lalm, plan, patched, inputs, folder)
         manifest.write(folder)
@@ -139,13 +148,20 @@ def build(
                     max_new_tokens=settings.max_new_tokens,
                     progress=progress,
                 )
-        finish(folder, manifest, report, behaviour, settings)
+        if earlier is not None and "engines" in reusable:
+            engines = copy_engines(target, earlier, folder)
+        else:
+            engines = make_engines(folder, inputs, settings, progress)
+        dataclasses.replace(manifest, engines=engines).write(folder)
+        proven = [prove_engine(run, folder, entry) for entry in engines]
+        manifest = finish(folder, manifest, report, proven, behaviour, settings)
     return BuildResult(
         path=target,
         parity=report.to_json(),
         parity_table=report.table(),
         behaviour=None if behaviour is None else behaviour.to_json(),
         behaviour_table=None if behaviour is None else behaviour.table(),
+        engines=manifest.engines,
         reused=reusable,
     )
 
@@ -227,29 +243,58 @@ def describe(
     )
 
 
+def make_engines(
+    folder: Path, inputs: BuildInputs, settings: BuildSettings, progress: Progress | None
+) -> tuple[EngineEntry, ...]:
+    """Build every engine that was asked for into a bundle folder."""
+    return tuple(
+        add_engine(folder, backend, settings.engine, longest=inputs.longest, progress=progress)
+        for backend in settings.engine.backends
+    )
+
+
 def finish(
     folder: Path,
     manifest: Manifest,
     report: ParityReport,
+    proven: Sequence[tuple[EngineEntry, ParityReport]],
     behaviour: BehaviourReport | None,
     settings: BuildSettings,
-) -> None:
-    """Write the reports and the final manifest. Raises `ParityError` unless the verdict is passed."""
-    if report.verdict is not Verdict.PASSED:
-        raise ParityError(
-            "parity of the steered engine with the steered eager model failed; nothing was written:\n  "
-            + "\n  ".join(report.failures())
-        )
-    (folder / PARITY_REPORT).parent.mkdir()
-    _write_json(folder / PARITY_REPORT, report.to_json() | {"table": report.table()})
-    (folder / PARITY_PAGE).write_text(parity_page(report.to_json()), encoding="utf-8")
+) -> Manifest:
+    """Write the reports and the final manifest.
+
+    Raises `ParityError` unless the verdict on the graphs is passed and none on an engine is failed.
+    """
+    _check_verdict("the steered engine", report, Verdict.PASSED)
+    for entry, judged in proven:
+        _check_verdict(f"the {entry.label} engine", judged, Verdict.PASSED, Verdict.NOT_EXECUTED)
+    _write_parity(folder / PARITY_REPORT, report)
+    for entry, judged in proven:
+        _write_parity(folder / entry.report, judged)
     if behaviour is not None:
         _write_json(folder / BEHAVIOUR_REPORT, behaviour.to_json() | {"table": behaviour.table()})
     if not settings.keep_unsteered:
         (folder / UNSTEERED_DECODER).unlink()
     parity = {"verdict": report.verdict.value, "backend": report.backend, "precision": report.precision}
     (folder / MANIFEST).unlink()
-    dataclasses.replace(manifest, parity=parity, files=describe_files(folder)).write(folder)
+    engines = tuple(entry for entry, _ in proven)
+    final = dataclasses.replace(manifest, parity=parity, engines=engines, files=describe_files(folder))
+    final.write(folder)
+    return final
+
+
+def _check_verdict(engine: str, report: ParityReport, *good: Verdict) -> None:
+    if report.verdict not in good:
+        raise ParityError(
+            f"parity of {engine} with the steered eager model failed; nothing was written:\n  "
+            + "\n  ".join(report.failures())
+        )
+
+
+def _write_parity(path: Path, report: ParityReport) -> None:
+    path.parent.mkdir(exist_ok=True)
+    _write_json(path, report.to_json() | {"table": report.table()})
+    path.with_suffix(PARITY_PAGE.suffix).write_text(parity_page(report.to_json()), encoding="utf-8")
 
 
 def _write_frontend(lalm: Lalm, folder: Path) -> None:
@@ -258,8 +303,10 @@ def _write_frontend(lalm: Lalm, folder: Path) -> None:
 
 
 def _disk_bytes(model: Path, settings: BuildSettings) -> int:
-    """About how large the bundle will be."""
-    return parameter_count(model) * BYTES_PER_PARAMETER[settings.dtype] + BYTES_BESIDE_WEIGHTS
+    """About how large the bundle will be: the weights once for the graphs and once for every engine."""
+    built = [row for row in settings.engine.backends if row.runtime is Runtime.TENSORRT]
+    weights = parameter_count(model) * BYTES_PER_PARAMETER[settings.dtype]
+    return weights * (1 + len(built)) + BYTES_BESIDE_WEIGHTS
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -281,6 +328,7 @@ def _up_to_date(target: Path, manifest: Manifest) -> BuildResult:
         parity_table=parity["table"],
         behaviour=behaviour,
         behaviour_table=None if behaviour is None else behaviour["table"],
+        engines=manifest.engines,
         reused=tuple(manifest.stages),
     )
 

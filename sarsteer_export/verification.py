@@ -13,8 +13,11 @@ from calibration.lalm import Lalm, load_lalm
 from calibration.plan import check_plan_fits
 from calibration.requests import read_requests
 from calibration.states import check_clips
+from engines.backends import CPU_BACKEND, find_backend
+from engines.opening import check_can_run
 from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.manifest import STEERED_DECODER, UNSTEERED_DECODER
+from sarsteer_export.bundle_engines import prove_engine
 from sarsteer_export.exporting.export import export
 from sarsteer_export.parity_run import ParityRun, ParitySettings, parity_requests
 
@@ -33,12 +36,15 @@ def verify(
 ) -> ParityReport:
     """Run parity again from a bundle, the checkpoint it was made from and a JSON Lines file of requests.
 
+    `settings.backend`: what is compared, the bundle's graphs on ONNX Runtime's CPU provider or one of its engines.
     Returns the report whatever its verdict on the steered engine. Raises `ParityError` when the unsteered
     decoder itself disagrees with the model, `InputError` when the bundle was altered or made from another
-    checkpoint.
+    checkpoint, `UnsupportedError` when the backend cannot run here.
     """
     settings = settings or ParitySettings()
     folder = Path(bundle)
+    backend = find_backend(settings.backend)
+    check_can_run(backend)
     chosen = parity_requests(read_requests(requests), count=settings.prompts)
     with Bundle(folder) as opened:
         opened.manifest.check_hashes(folder)
@@ -54,10 +60,13 @@ def verify(
         check_plan_fits(plan, hidden_size=parts.hidden_size, num_layers=len(parts.blocks))
         check_clips(lalm, chosen)
         run = ParityRun(lalm, plan, chosen, settings, progress)
-        around = run.check_around_decoder(opened)
-        decoder = folder / UNSTEERED_DECODER
+        unsteered = folder / UNSTEERED_DECODER
         with ExitStack() as stack:
-            if not opened.has_unsteered:
+            if not unsteered.is_file():
                 scratch = stack.enter_context(tempfile.TemporaryDirectory())
-                decoder = export(lalm, Path(scratch) / "onnx").decoder
-            return run.check_steering(run.check_export(decoder), folder / STEERED_DECODER, around)
+                unsteered = export(lalm, Path(scratch) / "onnx").decoder
+            if backend is not CPU_BACKEND:
+                entry = opened.manifest.engine(backend.name)
+                return prove_engine(run, folder, entry, unsteered)[1]
+            around = run.check_around_decoder(opened)
+            return run.check_steering(run.check_export(unsteered), folder / STEERED_DECODER, around)

@@ -38,7 +38,9 @@ def refit_engine(
     are others than the engine has, `UnsupportedError` when the engine was not built to be refitted or this machine
     cannot run it, `EngineError` when TensorRT refuses or counts other weights than we do.
     """
-    with _RefitEngine(engine, backend=backend, device=device) as opened:
+    refittable = _RefitEngine(engine, backend=backend, device=device)
+    refittable.check(constants)
+    with refittable as opened:
         content = opened.refitted(constants)
     output.write_bytes(content)
     record = dataclasses.replace(
@@ -58,8 +60,8 @@ class _RefitEngine(OpenEngine):
     _fixed_shapes = False
 
     def refitted(self, constants: Mapping[str, NDArray[Any]]) -> bytes:
+        """The serialized engine with these values."""
         self._require_open()
-        self._check(constants)
         trt: Any = self._trt
         with self._working():
             refitter = trt.Refitter(self._engine, self._log)
@@ -83,8 +85,8 @@ class _RefitEngine(OpenEngine):
             self._demand(serialized is not None, "cannot serialize the refitted engine")
         return bytes(serialized)
 
-    def _check(self, constants: Mapping[str, NDArray[Any]]) -> None:
-        """Raise `InputError` unless these are the constants of the engine, each in its dtype and shape."""
+    def check(self, constants: Mapping[str, NDArray[Any]]) -> None:
+        """Raise unless the engine was built to be refitted, with these constants, each in its dtype and shape."""
         if self.record.refit.reason is not None:
             raise UnsupportedError(
                 f"{self._path} is not refittable: {self.record.refit.reason}; build it again with the new plan"

@@ -15,22 +15,27 @@ import numpy as np
 from calibration.errors import InputError
 from calibration.plan import SteeringPlan
 from calibration.requests import load_audio
-from engines.onnxruntime_runner import CPU, OnnxRuntimeDecoder, OnnxRuntimeRunner
+from engines.backends import CPU_BACKEND, Runtime, find_backend
+from engines.opening import check_can_run, open_decoder, open_graph
 from sarsteer_export.bundle.frontend import Frontend
 from sarsteer_export.bundle.manifest import (
-    AUDIO_ENCODER,
+    COMPONENTS,
+    DECODER,
     EMBED_TOKENS,
+    ENCODER,
     PLAN,
-    STEERED_DECODER,
     UNSTEERED_DECODER,
     Manifest,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
     from typing_extensions import Self
+
+    from engines.backends import Backend
+    from engines.runner import DecoderRunner
 
     Clip = str | Path | NDArray[np.float32] | None
 
@@ -47,13 +52,22 @@ class Prompts:
 
 
 class Bundle:
-    """An open bundle. Close it, or use it in a `with` block, to free its sessions."""
+    """An open bundle. Close it, or use it in a `with` block, to free its sessions.
 
-    def __init__(self, path: str | Path, *, providers: Sequence[str] = CPU) -> None:
+    `engine`: the backend that runs audio encoder and decoder, one that the bundle was built for; by default
+    ONNX Runtime on the CPU. Raises `UnsupportedError` when this machine cannot run it.
+    """
+
+    def __init__(self, path: str | Path, *, engine: str = CPU_BACKEND.name) -> None:
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
         self.frontend = Frontend(self.path)
-        self._providers = tuple(providers)
+        self._backend = find_backend(engine)
+        self._files = COMPONENTS
+        if self._backend is not CPU_BACKEND:
+            components = self.manifest.engine(engine).components
+            self._files = {name: Path(file) for name, file in components.items()}
+        check_can_run(self._backend)
         self._sessions = ExitStack()
         self._runners: dict[Path, Any] = {}
         self._latest: object = None
@@ -76,8 +90,8 @@ class Bundle:
 
     @property
     def has_unsteered(self) -> bool:
-        """Whether the bundle also holds the unsteered decoder."""
-        return (self.path / UNSTEERED_DECODER).is_file()
+        """Whether the unsteered decoder can be run too: the bundle holds it, and engines are steered only."""
+        return self._backend.runtime is Runtime.ONNX_RUNTIME and (self.path / UNSTEERED_DECODER).is_file()
 
     def generate(self, audio: Clip, text: str, *, max_new_tokens: int = 128, steering: bool = True) -> str:
         """Answer one request greedily.
@@ -209,7 +223,7 @@ class Bundle:
         if not named:
             return []
         clips = [clip for _, clip in named]
-        runner = self._runner(AUDIO_ENCODER, OnnxRuntimeRunner)
+        runner = self._opened(self._files[ENCODER], self._backend, open_graph)
         features, mask = self.frontend.features(clips)
         outputs = runner.run(
             {
@@ -227,30 +241,36 @@ class Bundle:
         return [row[:length] for row, length in zip(outputs["audio_features"], lengths, strict=True)]
 
     def _embed(self, ids: NDArray[np.int64]) -> NDArray[Any]:
-        return np.asarray(
-            self._runner(EMBED_TOKENS, OnnxRuntimeRunner).run({"input_ids": ids})["inputs_embeds"]
-        )
+        runner = self._opened(EMBED_TOKENS, CPU_BACKEND, open_graph)
+        return np.asarray(runner.run({"input_ids": ids})["inputs_embeds"])
 
-    def _decoder(self, *, steering: bool) -> OnnxRuntimeDecoder:
-        if not steering and not self.has_unsteered:
+    def _decoder(self, *, steering: bool) -> DecoderRunner:
+        if steering:
+            file = self._files[DECODER]
+        elif self._backend.runtime is Runtime.TENSORRT:
+            raise InputError(
+                f"{self.path}: its {self._backend.name} engine is the steered decoder; the unsteered one runs on "
+                f"{CPU_BACKEND.name}"
+            )
+        elif self.has_unsteered:
+            file = UNSTEERED_DECODER
+        else:
             raise InputError(
                 f"{self.path}: the bundle holds no unsteered decoder; build it with --keep-unsteered"
             )
-        decoder: OnnxRuntimeDecoder = self._runner(
-            STEERED_DECODER if steering else UNSTEERED_DECODER, OnnxRuntimeDecoder
-        )
+        decoder: DecoderRunner = self._opened(file, self._backend, open_decoder)
         return decoder
 
-    def _runner(self, file: Path, kind: type[OnnxRuntimeRunner]) -> Any:
+    def _opened(self, file: Path, backend: Backend, opener: Callable[[Path, Backend], Any]) -> Any:
         if file not in self._runners:
-            runner = kind(self.path / file, providers=self._providers)
-            self._runners[file] = self._sessions.enter_context(runner)
+            self._runners[file] = self._sessions.enter_context(opener(self.path / file, backend))
         return self._runners[file]
 
 
-def load_bundle(path: str | Path, *, providers: Sequence[str] = CPU) -> Bundle:
-    """Open a bundle folder; imports no torch.
+def load_bundle(path: str | Path, *, engine: str = CPU_BACKEND.name) -> Bundle:
+    """Open a bundle folder; imports no torch unless its TensorRT engine is asked for.
 
-    Raises `InputError` when the folder is no bundle or is incomplete.
+    Raises `InputError` when the folder is no bundle, is incomplete or has no such engine, `UnsupportedError`
+    when this machine cannot run the engine.
     """
-    return Bundle(path, providers=providers)
+    return Bundle(path, engine=engine)

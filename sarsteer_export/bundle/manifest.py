@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.errors import InputError
+from engines.backends import BACKENDS, find_backend
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from engines.backends import Backend
 
 FORMAT = "sarsteer-bundle"
 VERSION = 1
@@ -25,13 +28,48 @@ STEERED_DECODER = ONNX_FOLDER / "decoder_model_merged.onnx"
 UNSTEERED_DECODER = ONNX_FOLDER / "decoder_model_merged_unsteered.onnx"
 AUDIO_ENCODER = ONNX_FOLDER / "audio_encoder.onnx"
 EMBED_TOKENS = ONNX_FOLDER / "embed_tokens.onnx"
+DECODER, ENCODER = "decoder", "audio_encoder"
+COMPONENTS = {DECODER: STEERED_DECODER, ENCODER: AUDIO_ENCODER}
+"""What of a bundle can be an engine; the token embedding is a table look-up and stays with ONNX Runtime."""
 PLAN = Path("steering/plan.safetensors")
 PARITY_REPORT = Path("reports/parity.json")
 PARITY_PAGE = Path("reports/parity.html")
 BEHAVIOUR_REPORT = Path("reports/behaviour.json")
+ENGINES_FOLDER = Path("engines")
 CHAT_TEMPLATE = Path("chat_template.jinja")
 PROCESSOR = Path("processor_config.json")
 TOKENIZER = Path("tokenizer.json")
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """An engine of a bundle, or an execution provider that it was proven on.
+
+    `components`: the files of decoder and audio encoder, relative to the bundle. `verdict`: of its parity, None
+    before it was judged; `reason`: why it was not executed, when it was not.
+    """
+
+    backend: str
+    version: str
+    precision: str
+    components: dict[str, str]
+    verdict: str | None = None
+    reason: str | None = None
+
+    @property
+    def row(self) -> Backend:
+        """The row of its backend."""
+        return find_backend(self.backend)
+
+    @property
+    def label(self) -> str:
+        """Backend, version and precision."""
+        return f"{self.backend}-{self.version}-{self.precision}"
+
+    @property
+    def report(self) -> Path:
+        """Its parity report, relative to the bundle."""
+        return PARITY_REPORT.with_stem(f"parity-{self.label}")
 
 
 @dataclass(frozen=True)
@@ -39,8 +77,9 @@ class Manifest:
     """What `manifest.json` holds.
 
     `model`: class, fingerprint, dtype. `tokens`: audio token, end-of-answer and padding ids. `graphs`: inputs
-    and outputs of every ONNX file. `edits`: per edit of the plan its anchor, nodes and constants. `stages`:
-    content keys by which a second build reuses work. `files`: size and sha256 of everything else.
+    and outputs of every ONNX file. `edits`: per edit of the plan its anchor, nodes and constants. `engines`:
+    what was built of the graphs or proven on them. `stages`: content keys by which a second build reuses work.
+    `files`: size and sha256 of everything else.
     """
 
     versions: dict[str, str]
@@ -52,6 +91,17 @@ class Manifest:
     parity: dict[str, Any]
     stages: dict[str, str]
     files: dict[str, dict[str, Any]]
+    engines: tuple[EngineEntry, ...] = ()
+
+    def engine(self, backend: str) -> EngineEntry:
+        """The bundle's engine of a backend. Raises `InputError` when it has none."""
+        found = next((entry for entry in self.engines if entry.backend == backend), None)
+        if found is None:
+            have = ", ".join(entry.backend for entry in self.engines) or "none"
+            raise InputError(
+                f"the bundle holds no engine for {backend} (it has: {have}); build it with --engine {backend}"
+            )
+        return found
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into a bundle folder."""
@@ -83,7 +133,11 @@ class Manifest:
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in content]:
             raise InputError(f"{path}: lacks {', '.join(missing)}")
-        manifest = cls(**{name: content[name] for name in names})
+        try:
+            engines = tuple(EngineEntry(**entry) for entry in content["engines"])
+        except TypeError as error:
+            raise InputError(f"{path}: engines is malformed") from error
+        manifest = cls(**{name: content[name] for name in names} | {"engines": engines})
         if (wrong := manifest._malformed()) is not None:
             raise InputError(f"{path}: {wrong} is malformed")
         manifest._check_files(folder)
@@ -108,7 +162,7 @@ class Manifest:
     def _malformed(self) -> str | None:
         """The first part that is not of the kind that readers rely on."""
         for field in dataclasses.fields(self):
-            kind = {"plan_sha256": str, "edits": list}.get(field.name, dict)
+            kind = {"plan_sha256": str, "edits": list, "engines": tuple}.get(field.name, dict)
             if not isinstance(getattr(self, field.name), kind):
                 return field.name
         ends = self.tokens.get("end")
@@ -118,6 +172,14 @@ class Manifest:
             and isinstance(ends, list)
             and all(isinstance(token, int) for token in ends),
             "parity": "verdict" in self.parity,
+            "engines": all(
+                entry.backend in BACKENDS
+                and isinstance(entry.components, dict)
+                and set(entry.components) == set(COMPONENTS)
+                and all(isinstance(file, str) for file in entry.components.values())
+                and all(file in self.files for file in entry.components.values() if self.files)
+                for entry in self.engines
+            ),
             "files": all(
                 isinstance(entry, dict)
                 and isinstance(entry.get("bytes"), int)

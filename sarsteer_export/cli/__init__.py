@@ -14,9 +14,12 @@ COMMANDS = {
     "calibrate": "Compute the steering plan of a model from spoken requests.",
     "export": "Export a model to ONNX, unsteered.",
     "patch": "Bake a plan into an ONNX decoder.",
+    "build-engine": "Build TensorRT engines of an ONNX file.",
+    "refit": "Swap the steering of a steered ONNX file or engine.",
     "verify": "Run parity again from a bundle and its checkpoint.",
-    "inspect": "Show what is in a plan, an ONNX file or a bundle.",
+    "inspect": "Show what is in a plan, an ONNX file, an engine or a bundle.",
     "run": "Answer a spoken request from a bundle.",
+    "doctor": "Show what this machine can build and run.",
 }
 """Every command with its one-line help, in the order of the pipeline."""
 
@@ -32,7 +35,7 @@ class LazyGroup(click.Group):
         """Import a command's module and return its `command`."""
         if name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"sarsteer_export.cli.{name}").command
+        command: click.Command = import_module(f"sarsteer_export.cli.{name.replace('-', '_')}").command
         return command
 
     def invoke(self, context: click.Context) -> Any:

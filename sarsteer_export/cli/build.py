@@ -14,6 +14,8 @@ from sarsteer_export.cli.options import (
     calibration_options,
     calibration_settings,
     device_options,
+    engine_options,
+    engine_settings,
     force_option,
     overwrite_option,
     parity_options,
@@ -45,6 +47,12 @@ if TYPE_CHECKING:
     "--keep-unsteered/--no-unsteered", default=True, show_default=True, help="Ship the unsteered decoder too."
 )
 @device_options
+@engine_options
+@click.option(
+    "--allow-overflow",
+    is_flag=True,
+    help="Build even where calibration saw values that float16 cannot square.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would happen and what it needs; write nothing.")
 @force_option
 @overwrite_option
@@ -69,6 +77,7 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         calibration=calibration_settings(model, given),
         parity=ParitySettings(**{name: given.pop(name) for name in ("prompts", "decode_steps", "blocks")}),
         judge=Judge(given.pop("answer_pattern")),
+        engine=engine_settings(given),
         **given,
     )
     if dry_run:
@@ -84,6 +93,10 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
     parts = [result.parity_table]
     if result.behaviour_table is not None:
         parts.append(result.behaviour_table)
+    parts += [
+        f"engine {entry.label}: {entry.verdict}" + ("" if entry.reason is None else f" ({entry.reason})")
+        for entry in result.engines
+    ]
     if result.reused:
         parts.append(f"reused: {', '.join(result.reused)}")
     parts.append(f"bundle: {result.path}")
@@ -91,6 +104,7 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         "bundle": str(result.path),
         "parity": result.parity,
         "behaviour": result.behaviour,
+        "engines": [dataclasses.asdict(entry) for entry in result.engines],
         "reused": list(result.reused),
     }
     emit(summary, "\n\n".join(parts), as_json=as_json)

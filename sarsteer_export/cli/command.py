@@ -184,20 +184,28 @@ def _read_config(context: click.Context, _option: click.Parameter, path: Path | 
         if key not in named:
             raise click.BadParameter(f"{path}: unknown option {key!r}; known are {', '.join(sorted(named))}")
         kind, accepted = _toml_kind(named[key])
-        if not isinstance(value, accepted) or (isinstance(value, bool) and accepted is not bool):
+        values_given = value if named[key].multiple and isinstance(value, list) else [value]
+        if not all(_is(entry, accepted) for entry in values_given):
             raise click.BadParameter(f"{path}: {key} is {value!r}; expected {kind}")
-    context.default_map = {str(named[key].name): value for key, value in values.items()}
+    context.default_map = {
+        str(named[key].name): [value] if named[key].multiple and isinstance(value, str) else value
+        for key, value in values.items()
+    }
 
 
 def _toml_kind(option: click.Option) -> tuple[str, type | tuple[type, ...]]:
-    """What TOML value an option takes: a name for people, and the Python types."""
+    """What TOML value an option takes: a name for people, and the Python types. Repeated ones take an array too."""
     if option.is_flag:
         return "true or false", bool
     if isinstance(option.type, click.types.IntParamType):
         return "a whole number", int
     if isinstance(option.type, click.types.FloatParamType):
         return "a number", (int, float)
-    return "a string", str
+    return "a string, or an array of strings" if option.multiple else "a string", str
+
+
+def _is(value: object, accepted: type | tuple[type, ...]) -> bool:
+    return isinstance(value, accepted) and (accepted is bool or not isinstance(value, bool))
 
 
 def _remember_debug(context: click.Context, _option: click.Parameter, value: bool) -> None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 @click.command("inspect", cls=Command)
 @click.argument("path", type=ANY_PATH)
 def command(path: Path, as_json: bool) -> None:
-    """Show what is in PATH: a plan (.safetensors), an ONNX file, or a bundle folder.
+    """Show what is in PATH: a plan (.safetensors), an ONNX file, an engine (.engine), or a bundle folder.
+
+    An engine is described by its sidecar, and opened too where there is a GPU.
 
     \b
     Example:

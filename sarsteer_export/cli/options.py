@@ -8,16 +8,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from calibration.errors import InputError
+from engines.backends import BACKENDS, CPU_BACKEND
 from sarsteer_export.cli.command import options
 
 if TYPE_CHECKING:
     from calibration.calibrate import CalibrationSettings
+    from sarsteer_export.engine_build import EngineSettings
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(list(BACKENDS)),
+    default=CPU_BACKEND.name,
+    show_default=True,
+    help="What runs the bundle: one of the engines it was built with, or ONNX Runtime on the CPU.",
+)
 force_option = click.option(
     "--force", is_flag=True, help="Accept a plan that was made for another model of the same shape."
 )
@@ -60,6 +69,62 @@ calibration_options = options(
     click.option("--seed", default=0, show_default=True, help="Seed of the subset when there are more."),
     click.option("--batch-size", default=8, show_default=True, help="Requests per forward pass."),
 )
+
+
+engine_options = options(
+    click.option(
+        "--engine",
+        "engines",
+        type=click.Choice([name for name in BACKENDS if name != CPU_BACKEND.name]),
+        multiple=True,
+        help="Engine to build, or provider to prove; may be given several times.",
+    ),
+    click.option("--max-batch", default=4, show_default=True, help="Most rows a derived profile admits."),
+    click.option(
+        "--max-prompt",
+        type=int,
+        default=None,
+        help="Longest sequence of one pass it admits.  [default: 1024]",
+    ),
+    click.option(
+        "--max-total",
+        type=int,
+        default=None,
+        help="Longest cache, this pass included, it admits.  [default: 2048, or what the model knows]",
+    ),
+    *(
+        click.option(
+            f"--{kind}-shapes",
+            multiple=True,
+            metavar="NAME:1x2x3,...",
+            help=f"{meaning} shapes of the decoder's inputs, as trtexec takes them; once per profile.",
+        )
+        for kind, meaning in (("min", "Smallest"), ("opt", "Typical"), ("max", "Largest"))
+    ),
+    click.option(
+        "--profile",
+        "profiles",
+        multiple=True,
+        help="Name of the profile of the n-th shapes; once per profile.",
+    ),
+    click.option(
+        "--compute-capability",
+        "compute_capabilities",
+        multiple=True,
+        metavar="8.9",
+        help="CUDA compute capability to build for (TensorRT-RTX); may be given several times.",
+    ),
+)
+
+
+def engine_settings(given: dict[str, Any]) -> EngineSettings:
+    """Take the values of `engine_options` out of `given`."""
+    from sarsteer_export.engine_build import EngineSettings
+
+    repeated = ("engines", "min_shapes", "opt_shapes", "max_shapes", "profiles", "compute_capabilities")
+    values: dict[str, Any] = {name: tuple(given.pop(name)) for name in repeated}
+    values |= {name: given.pop(name) for name in ("max_batch", "max_prompt", "max_total")}
+    return EngineSettings(**values)
 
 
 def calibration_settings(model: Path, given: dict[str, Any]) -> CalibrationSettings:

@@ -9,7 +9,7 @@ import click
 
 from calibration.errors import ParityError
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
-from sarsteer_export.cli.options import FILE, FOLDER, overwrite_option, parity_options
+from sarsteer_export.cli.options import FILE, FOLDER, engine_option, overwrite_option, parity_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--model", type=FOLDER, required=True, help="Checkpoint the bundle was made from.")
 @click.option("--requests", type=FILE, required=True, help="Spoken requests to compare on (JSON Lines).")
 @click.option("--report", type=FILE, default=None, help="Write the report to a .json or .html file.")
+@engine_option
 @parity_options
 @overwrite_option
 def command(
@@ -27,6 +28,7 @@ def command(
     model: Path,
     requests: Path,
     report: Path | None,
+    engine: str,
     prompts: int,
     decode_steps: int,
     blocks: bool,
@@ -53,7 +55,7 @@ def command(
             )
         check_output(report, overwrite=overwrite)
     quiet_transformers()
-    settings = ParitySettings(prompts=prompts, decode_steps=decode_steps, blocks=blocks)
+    settings = ParitySettings(prompts, decode_steps, blocks, backend=engine)
     found = verify(bundle, model, requests, settings, progress=Progress())
     content = found.to_json() | {"table": found.table()}
     if report is not None:
