@@ -1,29 +1,27 @@
 """Optimization profiles: the ranges of shapes that a TensorRT engine is built for and may be fed with.
 
-Every dynamic dimension of an input has a role: `batch`, `sequence` (tokens of this pass), `past` (tokens in the
-KV cache), `total` (past + sequence) or `clips`. It follows from the input's name and the axis, because exporters
-give each layer's past a symbol of its own. A dimension of any other input has the role of the same symbol
-elsewhere; failing that its symbol is its role, which has a default range only when it is one of these words.
-
-A profile is made per role, so that all inputs agree. TensorRT refuses a profile whose optimal shapes contradict
+A profile is made per role of a dimension (`engines.input_roles`), so that all inputs agree; a role of another name
+than those has no default range. TensorRT refuses a profile whose optimal shapes contradict
 each other, and only warns when the smallest or largest do: largest past and largest sequence need not be
 reachable together, and the largest total bounds them both.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
 from calibration.errors import InputError
-from engines.sidecar import Binding, Profile, ShapeRange
+from engines.input_roles import BATCH, CLIPS, PAST, SEQUENCE, TOTAL, GraphInputs, bind
+from engines.shape_grammar import parse_shapes, shape_text
+from engines.sidecar import Profile, ShapeRange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-BATCH, SEQUENCE, PAST, TOTAL, CLIPS = "batch", "sequence", "past", "total", "clips"
+    from engines.sidecar import Binding
+
 TUNED_PROMPT = 256
 """The sequence length that prefill is tuned for, where the longest prompt allows it."""
 
@@ -34,10 +32,6 @@ _COPIED_FROM = {
     "opt": ("--opt-shapes", "--max-shapes", "--min-shapes"),
     "max": ("--max-shapes", "--opt-shapes", "--min-shapes"),
 }
-_LARGEST_DIMENSION = 2**31 - 1
-_SHAPE = re.compile(
-    r"(?:'(?P<quoted>[^']+)'|(?P<plain>[^']+)):(?P<dims>[0-9]{1,10}(?:x[0-9]{1,10})*|scalar|)"
-)
 _Range = tuple[int, int, int]
 _Given = tuple["dict[str, int]", "dict[str, int]", "dict[str, int]"]
 
@@ -68,11 +62,6 @@ class ProfileLimits:
             )
 
 
-def fixed_dims(binding: Binding) -> Binding:
-    """The same binding, with dimensions that an exporter wrote as numeric strings ("64") read as numbers."""
-    return replace(binding, dims=tuple(_number(dim) for dim in binding.dims))
-
-
 def derive_profiles(inputs: Sequence[Binding], limits: ProfileLimits) -> tuple[Profile, ...]:
     """The profiles that a graph's inputs suggest.
 
@@ -81,7 +70,7 @@ def derive_profiles(inputs: Sequence[Binding], limits: ProfileLimits) -> tuple[P
     serve. Another graph with dynamic dimensions gets `default`; one without has no profile.
     Raises `InputError` for a dynamic dimension that has no default range.
     """
-    graph = _Graph.of(inputs)
+    graph = GraphInputs.of(inputs)
     if not graph.dynamic:
         return ()
     nothing: _Given = ({}, {}, {})
@@ -98,32 +87,6 @@ def derive_profiles(inputs: Sequence[Binding], limits: ProfileLimits) -> tuple[P
     profiles = tuple(_make_profile(graph, name, given, limits) for name, given in wanted.items())
     check_profiles(inputs, profiles)
     return profiles
-
-
-def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
-    """Read shapes by input name from trtexec's grammar, such as `inputs_embeds:1x1x64,attention_mask:1x1`.
-
-    The last colon parts name and shape, a name may stand in single quotes, 0 is a length, `name:scalar` and
-    `name:` are shapes without dimensions. Raises `InputError`, which names the option and the piece, for a
-    piece of another form and for an input named twice.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for piece in text.split(","):
-        match = _SHAPE.fullmatch(piece.strip())
-        dims = match["dims"] if match else ""
-        shape = tuple(int(dim) for dim in dims.split("x")) if dims not in ("", "scalar") else ()
-        if match is None or any(dim > _LARGEST_DIMENSION for dim in shape):
-            raise InputError(
-                f"{option}: {piece!r} is not a shape; expected INPUT:AxBxC, such as attention_mask:1x16, with "
-                f"numbers from 0 to {_LARGEST_DIMENSION}, and commas between inputs"
-            )
-        name = match["quoted"] or match["plain"]
-        if name in shapes:
-            raise InputError(
-                f"{option}: {name!r} is named twice in {text!r}; repeat the option for another profile"
-            )
-        shapes[name] = shape
-    return shapes
 
 
 def explicit_profiles(
@@ -152,7 +115,7 @@ def explicit_profiles(
             f"shapes are given a different number of times: {told}; expected one of each per profile"
         )
     profile_names = _profile_names(names, max(counts.values()))
-    graph = _Graph.of(inputs)
+    graph = GraphInputs.of(inputs)
     if not graph.dynamic:
         raise InputError(
             f"shapes are given by {', '.join(counts)}, but every dimension of the graph is fixed: "
@@ -164,7 +127,7 @@ def explicit_profiles(
         for kind, options in _COPIED_FROM.items():
             option = next(option for option in options if option in counts)
             shapes = parse_shapes(given[option][number], option)
-            roles = _bind(graph, shapes, f"profile {name!r}, {kind} shapes")
+            roles = bind(graph, shapes, f"profile {name!r}, {kind} shapes")
             bound.append({role: size for role, (size, _) in roles.items()})
         profiles.append(_make_profile(graph, name, (bound[0], bound[1], bound[2]), limits))
     check_profiles(inputs, profiles)
@@ -178,7 +141,7 @@ def check_profiles(inputs: Sequence[Binding], profiles: Sequence[Profile]) -> No
     input is covered; inputs agree in every role; min and opt totals are past + sequence, and the max total lies
     between what either needs with the other smallest, and their sum.
     """
-    graph = _Graph.of(inputs)
+    graph = GraphInputs.of(inputs)
     if graph.dynamic and not profiles:
         raise InputError(f"the graph has dynamic dimensions ({', '.join(graph.dynamic)}) and no profile")
     names = [profile.name for profile in profiles]
@@ -207,85 +170,13 @@ def tightest(profiles: Sequence[Profile], shapes: Mapping[str, tuple[int, ...]])
     return min(fitting, key=lambda index: sum(prod(s.max) for s in profiles[index].shapes.values()))
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """A graph's inputs and, per input and axis, the role of the dimension (None: fixed, without dynamic peers).
-
-    `dynamic`: where each dynamic role is seen first, (input, axis). `fixed`: sizes of roles that are nowhere
-    dynamic, such as the sequence of a graph that only decodes.
-    """
-
-    inputs: dict[str, Binding]
-    roles: dict[str, tuple[str | None, ...]]
-    dynamic: dict[str, tuple[str, int]]
-    fixed: dict[str, int]
-
-    @classmethod
-    def of(cls, inputs: Sequence[Binding]) -> _Graph:
-        bindings = {binding.name: fixed_dims(binding) for binding in inputs}
-        by_symbol: dict[int | str, str] = {}
-        fixed: dict[str, int] = {}
-        for binding in bindings.values():
-            for axis, role in _roles_by_name(binding.name, len(binding.dims)).items():
-                dim = binding.dims[axis]
-                if _is_fixed(dim):
-                    fixed.setdefault(role, int(dim))
-                else:
-                    by_symbol.setdefault(dim, role)
-        roles: dict[str, tuple[str | None, ...]] = {}
-        dynamic: dict[str, tuple[str, int]] = {}
-        for name, binding in bindings.items():
-            named = _roles_by_name(name, len(binding.dims))
-            roles[name] = tuple(
-                None if _is_fixed(dim) else named.get(axis) or _role_by_symbol(name, axis, dim, by_symbol)
-                for axis, dim in enumerate(binding.dims)
-            )
-            for axis, role_or_none in enumerate(roles[name]):
-                if role_or_none is not None:
-                    dynamic.setdefault(role_or_none, (name, axis))
-        return cls(bindings, roles, dynamic, {role: n for role, n in fixed.items() if role not in dynamic})
-
-    def is_dynamic(self, name: str) -> bool:
-        return any(role is not None for role in self.roles[name])
-
-
-def _number(dim: int | str) -> int | str:
-    return int(dim) if isinstance(dim, str) and re.fullmatch(r"-?[0-9]{1,18}", dim.strip()) else dim
-
-
-def _is_fixed(dim: int | str) -> bool:
-    return isinstance(dim, int) and dim >= 0
-
-
-def _roles_by_name(name: str, rank: int) -> dict[int, str]:
-    """The roles of axes that an input's name tells."""
-    if name in ("inputs_embeds", "input_ids") and rank >= 2:
-        return {0: BATCH, 1: SEQUENCE}
-    if name == "position_ids" and rank in (2, 3):
-        return {rank - 2: BATCH, rank - 1: SEQUENCE}
-    if name == "attention_mask" and rank == 2:
-        return {0: BATCH, 1: TOTAL}
-    if name.startswith("past_") and rank == 4:
-        return {0: BATCH, 2: PAST}
-    if name in ("input_features", "feature_attention_mask") and rank >= 1:
-        return {0: CLIPS}
-    return {}
-
-
-def _role_by_symbol(name: str, axis: int, dim: int | str, by_symbol: Mapping[int | str, str]) -> str:
-    """The role of a dimension by its symbol; one without a symbol ("" or -1) is like no other."""
-    if not isinstance(dim, str) or not dim.strip():
-        return f"{name}[{axis}]"
-    return by_symbol.get(dim, dim)
-
-
 def _default_ranges(limits: ProfileLimits) -> dict[str, _Range]:
     rows = (1, 1, limits.max_batch)
     sequence = (1, min(TUNED_PROMPT, limits.max_prompt), limits.max_prompt)
     return {BATCH: rows, CLIPS: rows, SEQUENCE: sequence}
 
 
-def _make_profile(graph: _Graph, name: str, given: _Given, limits: ProfileLimits) -> Profile:
+def _make_profile(graph: GraphInputs, name: str, given: _Given, limits: ProfileLimits) -> Profile:
     """The profile in which the given sizes of roles (min, opt, max) hold and the others are derived."""
     ranges = _complete_ranges(graph, f"profile {name!r}", given, limits)
     shapes = {}
@@ -302,7 +193,9 @@ def _make_profile(graph: _Graph, name: str, given: _Given, limits: ProfileLimits
     return Profile(name, shapes)
 
 
-def _complete_ranges(graph: _Graph, where: str, given: _Given, limits: ProfileLimits) -> dict[str, _Range]:
+def _complete_ranges(
+    graph: GraphInputs, where: str, given: _Given, limits: ProfileLimits
+) -> dict[str, _Range]:
     """The range of every dynamic role, and of `sequence` and `past`, which `total` needs."""
     defaults = _default_ranges(limits)
     ranges = {}
@@ -323,7 +216,7 @@ def _complete_ranges(graph: _Graph, where: str, given: _Given, limits: ProfileLi
     return ranges
 
 
-def _sequence_range(graph: _Graph, given: _Given, default: _Range) -> _Range:
+def _sequence_range(graph: GraphInputs, given: _Given, default: _Range) -> _Range:
     """Where it is not given: what a given total leaves beside the past that is given, or none; else the default."""
     if SEQUENCE in graph.fixed:
         return _constant(graph.fixed[SEQUENCE])
@@ -339,7 +232,7 @@ def _sequence_range(graph: _Graph, given: _Given, default: _Range) -> _Range:
     return _complete([kind.get(SEQUENCE) for kind in given], (shortest, tuned, longest))
 
 
-def _past_range(graph: _Graph, given: _Given, sequence: _Range, limits: ProfileLimits) -> _Range:
+def _past_range(graph: GraphInputs, given: _Given, sequence: _Range, limits: ProfileLimits) -> _Range:
     """Where it is not given: what a given total leaves beside the sequence; else from 0 as far as limits allow."""
     if PAST not in graph.dynamic:
         return _constant(graph.fixed.get(PAST, 0))
@@ -352,7 +245,7 @@ def _past_range(graph: _Graph, given: _Given, sequence: _Range, limits: ProfileL
 
 
 def _total_range(
-    graph: _Graph, given: _Given, sequence: _Range, past: _Range, limits: ProfileLimits
+    graph: GraphInputs, given: _Given, sequence: _Range, past: _Range, limits: ProfileLimits
 ) -> _Range:
     """Where it is not given: the sum; at most `max_total` unless largest past and sequence are both given."""
     least, tuned, most = (p + s for p, s in zip(past, sequence, strict=True))
@@ -388,49 +281,10 @@ def _profile_names(names: Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _bind(graph: _Graph, shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, tuple[int, str]]:
-    """The sizes that shapes of some inputs give to roles, each with the input that gave it."""
-    bound: dict[str, tuple[int, str]] = {}
-    for name, shape in shapes.items():
-        _check_shape(graph, name, shape, where)
-        for size, role in zip(shape, graph.roles[name], strict=True):
-            if role is None:
-                continue
-            first, teller = bound.setdefault(role, (size, name))
-            if first != size:
-                raise InputError(
-                    f"{where}: the inputs disagree on {role}: {first} in {teller!r}, {size} in {name!r}; "
-                    "expected the same number"
-                )
-    return bound
-
-
-def _check_shape(graph: _Graph, name: str, shape: tuple[int, ...], where: str) -> None:
-    if name not in graph.inputs:
-        raise InputError(
-            f"{where}: the graph has no input {name!r}; its inputs are {', '.join(graph.inputs)}"
-        )
-    binding = graph.inputs[name]
-    if len(shape) != len(binding.dims):
-        raise InputError(
-            f"{where}: {name!r} is given {len(shape)} dimensions ({_text(shape)}); expected "
-            f"{len(binding.dims)}: {binding}"
-        )
-    for axis, (size, dim) in enumerate(zip(shape, binding.dims, strict=True)):
-        if size < 0:
-            raise InputError(f"{where}: axis {axis} of {name!r} is {size}; expected 0 or more")
-        if _is_fixed(dim) and size != dim:
-            raise InputError(
-                f"{where}: axis {axis} of {name!r} is {size}, but the graph fixes it at {dim}: {binding}"
-            )
-
-
-def _check_profile(graph: _Graph, profile: Profile) -> None:
+def _check_profile(graph: GraphInputs, profile: Profile) -> None:
     where = f"profile {profile.name!r}"
     bound = [
-        _bind(
-            graph, {name: getattr(s, kind) for name, s in profile.shapes.items()}, f"{where}, {kind} shapes"
-        )
+        bind(graph, {name: getattr(s, kind) for name, s in profile.shapes.items()}, f"{where}, {kind} shapes")
         for kind in _KINDS
     ]
     for name, shape in profile.shapes.items():
@@ -447,7 +301,7 @@ def _check_profile(graph: _Graph, profile: Profile) -> None:
         _check_total(graph, where, bound)
 
 
-def _check_total(graph: _Graph, where: str, bound: Sequence[dict[str, tuple[int, str]]]) -> None:
+def _check_total(graph: GraphInputs, where: str, bound: Sequence[dict[str, tuple[int, str]]]) -> None:
     """Check total against past + sequence, in min, opt and max."""
     if SEQUENCE not in graph.dynamic and SEQUENCE not in graph.fixed:
         return
@@ -487,7 +341,7 @@ def _why_none_fits(profiles: Sequence[Profile], shapes: Mapping[str, tuple[int, 
     for profile, ((name, axis), *_) in zip(profiles, reasons, strict=True):
         allowed = profile.shapes[name]
         if axis < 0:
-            found = _text(shapes[name]) if name in shapes else "missing"
+            found = shape_text(shapes[name]) if name in shapes else "missing"
             told.append(f"{name!r} is {found}, {profile.name!r} admits {allowed}")
         else:
             told.append(
@@ -498,7 +352,3 @@ def _why_none_fits(profiles: Sequence[Profile], shapes: Mapping[str, tuple[int, 
         f"no profile of the engine admits these shapes: {'; '.join(told)}; feed shapes within one profile, or "
         f"build the engine with wider ones (--max-batch, --max-prompt, --max-total, or {_SHAPE_OPTIONS})"
     )
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calibration.errors import InputError, UnsupportedError
 from engines.backends import Backend, Runtime, find_backend
-from engines.profiles import ProfileLimits, derive_profiles, explicit_profiles, fixed_dims
+from engines.input_roles import fixed_dims
+from engines.profiles import ProfileLimits, derive_profiles, explicit_profiles
 from engines.sidecar import ENGINE_SUFFIX, Binding, EngineRecord, Profile, sidecar_of
 from engines.trt.build import EngineSource, build_engine, check_can_build
 from engines.trt.network import RequiredConstant

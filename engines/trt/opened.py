@@ -12,8 +12,9 @@ import torch
 
 from calibration.errors import EngineError, InputError, UnsupportedError
 from engines.cuda_driver import cuda_driver
+from engines.input_roles import fixed_dims
 from engines.opening import check_can_run
-from engines.profiles import fixed_dims, tightest
+from engines.profiles import tightest
 from engines.runner import TensorSpec
 from engines.sidecar import EngineRecord, sidecar_of
 from engines.trt.api import dtype_name, enum_name, log_of

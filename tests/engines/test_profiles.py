@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration.errors import InputError
+from engines.input_roles import fixed_dims
 from engines.profiles import (
     ProfileLimits,
     check_profiles,
     derive_profiles,
     explicit_profiles,
     fits,
-    fixed_dims,
-    parse_shapes,
     tightest,
 )
+from engines.shape_grammar import parse_shapes
 from engines.sidecar import Binding, Profile, ShapeRange
 
 LIMITS = ProfileLimits(max_batch=4, max_prompt=1024, max_total=2048)
