@@ -84,6 +84,8 @@ LIMITS |= {
     (backend, precision): limits
     for backend in ("onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx")
     for precision, limits in _ON_GPU.items()
+    if precision != "bfloat16"
+    or not backend.startswith("onnxruntime")  # whose Python interface has no bfloat16
 }
 
 

@@ -24,8 +24,8 @@ from calibration.requests import (
     read_requests,
     requests_digest,
 )
+from engines.backends import CPU_BACKEND
 from engines.cuda_driver import cuda_driver
-from engines.limits import limits_for
 from sarsteer_export.behaviour import Judge
 from sarsteer_export.bundle_engines import check_engines
 from sarsteer_export.engine_build import EngineSettings
@@ -83,10 +83,13 @@ class BuildSettings:
             raise InputError("behaviour needs both --eval-harmful and --eval-benign; only one was given")
         if self.dtype not in BYTES_PER_PARAMETER:
             raise InputError(f"dtype is {self.dtype!r}; expected one of {', '.join(BYTES_PER_PARAMETER)}")
+        if self.parity.backend != CPU_BACKEND.name:
+            raise InputError(
+                f"a build is proven on {CPU_BACKEND.name} first; name {self.parity.backend} among its engines"
+            )
         object.__setattr__(self, "parity", dataclasses.replace(self.parity, precision=self.dtype))
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
-        limits_for(self.parity.backend, self.dtype)  # what cannot be proven is refused before it is built
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from calibration.lalm import DecoderParts, Lalm, encode_requests, position_ids
 from calibration.states import load_clips
 from calibration.steered import steered
 from engines.parity import Pair
+from engines.torch_arrays import as_tensor, to_host
 from engines.trace import LOGITS, Script, Trace
 from sarsteer_export.exporting.components import DecoderComponent
 from sarsteer_export.exporting.contract import cache_output_names
@@ -89,7 +90,7 @@ class PromptEmbeddings:
 def prompt_embeddings(lalm: Lalm, requests: Sequence[SpokenRequest]) -> PromptEmbeddings:
     """Run B requests through the eager model up to its decoder."""
     prefill = _left_padded(lalm, requests)
-    return PromptEmbeddings(prefill.embeds.cpu().numpy(), prefill.mask.cpu().numpy())
+    return PromptEmbeddings(to_host(prefill.embeds), to_host(prefill.mask))
 
 
 def _left_padded(lalm: Lalm, requests: Sequence[SpokenRequest]) -> _Prefill:
@@ -143,11 +144,11 @@ def _greedy(
                 "position_ids": position_ids(mask)[:, -sequence:],
             }
             outputs = decoder.step(feed)
-            feeds.append({key: value.cpu().numpy() for key, value in feed.items()})
+            feeds.append({key: to_host(value) for key, value in feed.items()})
             sequences.append(sequence)
             if step < decode_steps:
                 last = (mask[:, -sequence:] * torch.arange(sequence, device=mask.device)).argmax(dim=1)
-                tokens = torch.from_numpy(outputs[LOGITS])[torch.arange(len(last)), last.cpu()].argmax(dim=-1)
+                tokens = as_tensor(outputs[LOGITS])[torch.arange(len(last)), last.cpu()].argmax(dim=-1)
                 embeds = embed_tokens(tokens[:, None].to(mask.device))
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         return Script(name, tuple(feeds), tuple(sequences)), decoder.trace()
@@ -156,7 +157,7 @@ def _greedy(
 def _replay(lalm: Lalm, plan: SteeringPlan | None, script: Script, tensors: list[str] | None) -> Trace:
     with torch.inference_mode(), _EagerDecoder(lalm, plan, tensors) as decoder:
         for feeds in script.steps:
-            decoder.step({key: torch.from_numpy(value).to(lalm.model.device) for key, value in feeds.items()})
+            decoder.step({key: as_tensor(value).to(lalm.model.device) for key, value in feeds.items()})
         return decoder.trace()
 
 
@@ -184,9 +185,9 @@ class _EagerDecoder:
 
     def step(self, feeds: dict[str, torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:
         logits, self._cache = self._component(**feeds, past_key_values=self._cache)
-        outputs = {LOGITS: logits.cpu().numpy()}
+        outputs = {LOGITS: to_host(logits)}
         for layer, name in enumerate(self._tensors or ()):
-            outputs[name] = self._stream[layer].cpu().numpy()
+            outputs[name] = to_host(self._stream[layer])
         self._steps.append(outputs)
         return outputs
 
@@ -194,7 +195,7 @@ class _EagerDecoder:
         layers: list[Any] = self._cache.layers
         names = cache_output_names(len(layers))
         tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-        cache = {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+        cache = {name: to_host(tensor) for name, tensor in zip(names, tensors, strict=True)}
         return Trace(tuple(self._steps), cache)
 
 

@@ -57,6 +57,7 @@ from sarsteer_export.parity_run import ParityRun, parity_requests
 from sarsteer_export.range_guard import check_range
 from sarsteer_export.report_page import parity_page
 from sarsteer_export.staging import check_output, nearest_folder, staged_directory
+from sarsteer_export.twin import executable
 from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
@@ -128,31 +129,35 @@ def build(
         else:
             export_components(lalm, folder, progress)
         chosen = parity_requests(inputs.harmful, inputs.benign, count=settings.parity.prompts)
-        run = ParityRun(lalm, plan, chosen, settings.parity, progress)
-        exported = run.check_export(folder / UNSTEERED_DECODER)
-        patched = patch_model(exported.unsteered, plan, force=settings.force)
+        patched = patch_model(read_graph(folder / UNSTEERED_DECODER), plan, force=settings.force)
         check_range(plan, patched.model, allow_overflow=settings.allow_overflow)
         write_graph(patched.model, folder / STEERED_DECODER)
         manifest = describe(lalm, plan, patched, inputs, folder)
         manifest.write(folder)
-        with Bundle(folder) as bundle:
-            report = run.check_steering(exported, folder / STEERED_DECODER, run.check_around_decoder(bundle))
-            behaviour = None
-            if inputs.evaluation:
-                behaviour = measure_behaviour(
-                    lalm,
-                    bundle,
-                    plan,
-                    inputs.evaluation,
-                    settings.judge,
-                    max_new_tokens=settings.max_new_tokens,
-                    progress=progress,
-                )
+        with executable(folder, lalm, plan) as given:
+            parity = dataclasses.replace(settings.parity, precision=given.precision)
+            run = ParityRun(given.lalm, given.plan, chosen, parity, progress)
+            exported = run.check_export(given.folder / UNSTEERED_DECODER)
+            with Bundle(given.folder) as bundle:
+                around = run.check_around_decoder(bundle)
+                report = given.labelled(run.check_steering(exported, given.folder / STEERED_DECODER, around))
+                behaviour = None
+                if inputs.evaluation:
+                    behaviour = measure_behaviour(
+                        given.lalm,
+                        bundle,
+                        given.plan,
+                        inputs.evaluation,
+                        settings.judge,
+                        max_new_tokens=settings.max_new_tokens,
+                        progress=progress,
+                    )
         if earlier is not None and "engines" in reusable:
             engines = copy_engines(target, earlier, folder)
         else:
             engines = make_engines(folder, inputs, settings, progress)
         dataclasses.replace(manifest, engines=engines).write(folder)
+        run = ParityRun(lalm, plan, chosen, settings.parity, progress)
         proven = [prove_engine(run, folder, entry) for entry in engines]
         manifest = finish(folder, manifest, report, proven, behaviour, settings)
     return BuildResult(

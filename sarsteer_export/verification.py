@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 
 from calibration.errors import InputError
 from calibration.lalm import Lalm, load_lalm
-from calibration.plan import check_plan_fits
+from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.requests import read_requests
 from calibration.states import check_clips
 from engines.backends import CPU_BACKEND, find_backend
 from engines.opening import check_can_run
 from sarsteer_export.bundle.bundle import Bundle
-from sarsteer_export.bundle.manifest import STEERED_DECODER, UNSTEERED_DECODER
+from sarsteer_export.bundle.manifest import PLAN, STEERED_DECODER, UNSTEERED_DECODER, Manifest
 from sarsteer_export.bundle_engines import prove_engine
 from sarsteer_export.exporting.export import export
 from sarsteer_export.parity_run import ParityRun, ParitySettings, parity_requests
+from sarsteer_export.twin import executable
 
 if TYPE_CHECKING:
     from calibration.states import Progress
@@ -46,27 +47,36 @@ def verify(
     backend = find_backend(settings.backend)
     check_can_run(backend)
     chosen = parity_requests(read_requests(requests), count=settings.prompts)
-    with Bundle(folder) as opened:
-        opened.manifest.check_hashes(folder)
-        plan = opened.plan
-        settings = dataclasses.replace(settings, precision=opened.manifest.model["dtype"])
-        lalm = model if isinstance(model, Lalm) else load_lalm(model, dtype=opened.manifest.model["dtype"])
-        if lalm.fingerprint != opened.manifest.model["fingerprint"]:
-            raise InputError(
-                f"the bundle was made from another checkpoint: its fingerprint is "
-                f"{opened.manifest.model['fingerprint'][:12]}, this one's is {lalm.fingerprint[:12]}"
-            )
-        parts = lalm.parts
-        check_plan_fits(plan, hidden_size=parts.hidden_size, num_layers=len(parts.blocks))
-        check_clips(lalm, chosen)
-        run = ParityRun(lalm, plan, chosen, settings, progress)
-        unsteered = folder / UNSTEERED_DECODER
-        with ExitStack() as stack:
-            if not unsteered.is_file():
-                scratch = stack.enter_context(tempfile.TemporaryDirectory())
-                unsteered = export(lalm, Path(scratch) / "onnx").decoder
-            if backend is not CPU_BACKEND:
-                entry = opened.manifest.engine(backend.name)
-                return prove_engine(run, folder, entry, unsteered)[1]
-            around = run.check_around_decoder(opened)
-            return run.check_steering(run.check_export(unsteered), folder / STEERED_DECODER, around)
+    manifest = Manifest.read(folder)
+    manifest.check_hashes(folder)
+    plan = SteeringPlan.load(folder / PLAN)
+    dtype = manifest.model["dtype"]
+    lalm = model if isinstance(model, Lalm) else load_lalm(model, dtype=dtype)
+    if lalm.fingerprint != manifest.model["fingerprint"]:
+        raise InputError(
+            f"the bundle was made from another checkpoint: its fingerprint is "
+            f"{manifest.model['fingerprint'][:12]}, this one's is {lalm.fingerprint[:12]}"
+        )
+    parts = lalm.parts
+    check_plan_fits(plan, hidden_size=parts.hidden_size, num_layers=len(parts.blocks))
+    check_clips(lalm, chosen)
+    with ExitStack() as stack:
+        if backend is not CPU_BACKEND:
+            entry = manifest.engine(backend.name)
+            run = ParityRun(lalm, plan, chosen, dataclasses.replace(settings, precision=dtype), progress)
+            return prove_engine(run, folder, entry, _unsteered(folder, lalm, stack))[1]
+        given = stack.enter_context(executable(folder, lalm, plan))
+        parity = dataclasses.replace(settings, precision=given.precision)
+        run = ParityRun(given.lalm, given.plan, chosen, parity, progress)
+        opened = stack.enter_context(Bundle(given.folder))
+        around = run.check_around_decoder(opened)
+        exported = run.check_export(_unsteered(given.folder, given.lalm, stack))
+        return given.labelled(run.check_steering(exported, given.folder / STEERED_DECODER, around))
+
+
+def _unsteered(folder: Path, lalm: Lalm, stack: ExitStack) -> Path:
+    """The bundle's unsteered decoder, or one that is exported again, for as long as `stack` is open."""
+    if (folder / UNSTEERED_DECODER).is_file():
+        return folder / UNSTEERED_DECODER
+    scratch = stack.enter_context(tempfile.TemporaryDirectory())
+    return export(lalm, Path(scratch) / "onnx").decoder

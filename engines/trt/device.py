@@ -1,25 +1,24 @@
-"""Device memory and the stream that orders work on it, by PyTorch: numpy arrays in, numpy arrays out."""
+"""Device memory and the stream that orders work on it, by PyTorch."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
-import numpy as np
 import torch
 
+from engines.torch_arrays import as_tensor
 from engines.trt.api import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    import numpy as np
     from numpy.typing import NDArray
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES.values()}
 """PyTorch's element types by their numpy names, which are the same."""
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class CudaStream:
@@ -66,21 +65,4 @@ def address(tensor: torch.Tensor) -> int:
 
 def fill(tensor: torch.Tensor, array: NDArray[Any]) -> None:
     """Copy an array of the same shape and dtype into a tensor, on the stream that is active."""
-    tensor.copy_(_as_tensor(array))
-
-
-def to_host(tensor: torch.Tensor) -> NDArray[Any]:
-    """A copy of a tensor as an array, made on the stream that is active."""
-    copy = tensor.to("cpu", copy=True)
-    if copy.dtype == torch.bfloat16:
-        return copy.view(torch.int16).numpy().view(BFLOAT16)
-    array: NDArray[Any] = copy.numpy()
-    return array
-
-
-def _as_tensor(array: NDArray[Any]) -> torch.Tensor:
-    """The array as a tensor on the host; PyTorch reads neither bfloat16 nor read-only arrays from numpy."""
-    writable = np.require(array, requirements=["C", "W"])
-    if writable.dtype == BFLOAT16:
-        return torch.from_numpy(writable.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(writable)
+    tensor.copy_(as_tensor(array))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.errors import EngineError, InputError
 from engines.runner import cache_pairs, check_feeds
-from engines.trt.device import allocate, fill, to_host
+from engines.torch_arrays import to_host
+from engines.trt.device import allocate, fill
 from engines.trt.opened import OpenEngine, check_torch_cuda, compiles_at_run_time
 
 if TYPE_CHECKING:

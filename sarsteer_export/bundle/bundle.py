@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.errors import InputError
+from calibration.errors import InputError, UnsupportedError
 from calibration.plan import SteeringPlan
 from calibration.requests import load_audio
 from engines.backends import CPU_BACKEND, Runtime, find_backend
@@ -21,7 +21,7 @@ from sarsteer_export.bundle.frontend import Frontend
 from sarsteer_export.bundle.manifest import (
     COMPONENTS,
     DECODER,
-    EMBED_TOKENS,
+    EMBEDDING,
     ENCODER,
     PLAN,
     UNSTEERED_DECODER,
@@ -54,8 +54,8 @@ class Prompts:
 class Bundle:
     """An open bundle. Close it, or use it in a `with` block, to free its sessions.
 
-    `engine`: the backend that runs audio encoder and decoder, one that the bundle was built for; by default
-    ONNX Runtime on the CPU. Raises `UnsupportedError` when this machine cannot run it.
+    `engine`: the backend that runs its graphs, one that the bundle was built for; by default ONNX Runtime on the CPU.
+    Raises `UnsupportedError` when this machine cannot run it.
     """
 
     def __init__(self, path: str | Path, *, engine: str = CPU_BACKEND.name) -> None:
@@ -68,6 +68,12 @@ class Bundle:
             components = self.manifest.engine(engine).components
             self._files = {name: Path(file) for name, file in components.items()}
         check_can_run(self._backend)
+        if self._backend is CPU_BACKEND and self.manifest.model["dtype"] == "bfloat16":
+            raise UnsupportedError(
+                f"{self.path}: ONNX Runtime's CPU provider has no bfloat16 products; run one of the bundle's engines "
+                f"({', '.join(entry.backend for entry in self.manifest.engines) or 'it has none'}), or build it in "
+                "float32"
+            )
         self._sessions = ExitStack()
         self._runners: dict[Path, Any] = {}
         self._latest: object = None
@@ -241,7 +247,7 @@ class Bundle:
         return [row[:length] for row, length in zip(outputs["audio_features"], lengths, strict=True)]
 
     def _embed(self, ids: NDArray[np.int64]) -> NDArray[Any]:
-        runner = self._opened(EMBED_TOKENS, CPU_BACKEND, open_graph)
+        runner = self._opened(self._files[EMBEDDING], self._backend, open_graph)
         return np.asarray(runner.run({"input_ids": ids})["inputs_embeds"])
 
     def _decoder(self, *, steering: bool) -> DecoderRunner:

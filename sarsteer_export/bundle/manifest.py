@@ -28,9 +28,9 @@ STEERED_DECODER = ONNX_FOLDER / "decoder_model_merged.onnx"
 UNSTEERED_DECODER = ONNX_FOLDER / "decoder_model_merged_unsteered.onnx"
 AUDIO_ENCODER = ONNX_FOLDER / "audio_encoder.onnx"
 EMBED_TOKENS = ONNX_FOLDER / "embed_tokens.onnx"
-DECODER, ENCODER = "decoder", "audio_encoder"
-COMPONENTS = {DECODER: STEERED_DECODER, ENCODER: AUDIO_ENCODER}
-"""What of a bundle can be an engine; the token embedding is a table look-up and stays with ONNX Runtime."""
+DECODER, ENCODER, EMBEDDING = "decoder", "audio_encoder", "embed_tokens"
+COMPONENTS = {DECODER: STEERED_DECODER, ENCODER: AUDIO_ENCODER, EMBEDDING: EMBED_TOKENS}
+"""The graphs that answer a request, each of which becomes an engine."""
 PLAN = Path("steering/plan.safetensors")
 PARITY_REPORT = Path("reports/parity.json")
 PARITY_PAGE = Path("reports/parity.html")
@@ -45,8 +45,8 @@ TOKENIZER = Path("tokenizer.json")
 class EngineEntry:
     """An engine of a bundle, or an execution provider that it was proven on.
 
-    `components`: the files of decoder and audio encoder, relative to the bundle. `verdict`: of its parity, None
-    before it was judged; `reason`: why it was not executed, when it was not.
+    `components`: the files of decoder, audio encoder and token embedding, relative to the bundle. `verdict`: of its
+    parity, None before it was judged; `reason`: why it was not executed, when it was not.
     """
 
     backend: str

@@ -27,7 +27,8 @@ from engines.sidecar import Binding, BuildFacts, EngineRecord, Profile, Refit, S
 from engines.trace import Trace, record
 from engines.trt import opened
 from engines.trt.api import log_of
-from engines.trt.device import TORCH_DTYPES, address, allocate, fill, to_host
+from engines.torch_arrays import to_host
+from engines.trt.device import TORCH_DTYPES, address, allocate, fill
 from engines.trt.runner import TensorRTDecoder, TensorRTRunner, check_torch_cuda
 from tests.decoders import TinyDecoder
 from tests.engines.graphs import WIDTH, decoder_graph

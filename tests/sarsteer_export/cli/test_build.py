@@ -8,6 +8,7 @@ import shutil
 import stat
 from pathlib import Path
 
+import onnx
 import pytest
 from click.testing import Result
 
@@ -28,6 +29,7 @@ from sarsteer_export.bundle.manifest import (
     STEERED_DECODER,
     TOKENIZER,
     UNSTEERED_DECODER,
+    Manifest,
     file_sha256,
 )
 from tests.sarsteer_export.command_line import answered, answered_json, listing, one_error, refused, sarsteer
@@ -332,10 +334,27 @@ def test_one_eval_file_alone_is_refused(inputs: Inputs, tmp_path: Path) -> None:
     assert listing(tmp_path) == {}
 
 
-def test_bfloat16_has_no_limits_and_is_refused_before_any_work(inputs: Inputs, tmp_path: Path) -> None:
-    given = ("build", inputs.model, *inputs.data, "-o", tmp_path / "bundle", "--dtype", "bfloat16")
-    refused(sarsteer(*given), "bfloat16", "onnxruntime-cpu/float32", code=3)
-    assert listing(tmp_path) == {}
+def test_bfloat16_is_proven_by_its_float32_twin(inputs: Inputs, tmp_path: Path) -> None:
+    """ONNX Runtime's CPU provider has no bfloat16 products; the report says what was compared instead."""
+    bundle = tmp_path / "bundle"
+    build = (*inputs.quick_build, "--dtype", "bfloat16", "--engine", "tensorrt-rtx", "-o", bundle)
+    answer = answered_json(sarsteer(*build, "--max-batch", "2", "--json"))
+    assert answer["parity"]["verdict"] == "passed"
+    assert answer["parity"]["precision"] == "float32 twin of bfloat16"
+    assert any("bfloat16 arithmetic is not" in note for note in answer["parity"]["notes"])
+    assert [(entry["precision"], entry["verdict"]) for entry in answer["engines"]] == [
+        ("bfloat16", "built, not executed")
+    ]
+    manifest = Manifest.read(bundle)
+    assert manifest.model["dtype"] == "bfloat16"
+    assert manifest.parity["precision"] == "float32 twin of bfloat16"
+    graph = onnx.load(bundle / STEERED_DECODER, load_external_data=False)
+    assert graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    assert not list(tmp_path.glob(".*")), "the twin was left behind"
+    refused(sarsteer("run", bundle, "--text", "hello"), "no bfloat16 products", "tensorrt-rtx", code=3)
+    verify = ("verify", bundle, "--model", inputs.model, "--requests", inputs.harmful, "--prompts", "2")
+    again = answered_json(sarsteer(*verify, "--json"))
+    assert (again["verdict"], again["precision"]) == ("passed", "float32 twin of bfloat16")
 
 
 def test_no_room_on_the_disk_is_seen_before_any_work(

@@ -1,0 +1,135 @@
+"""A bundle of bfloat16 graphs proven on the CPU: its float32 twin against the eager model in float32.
+
+ONNX Runtime's CPU provider has no bfloat16 products. The twin holds the same graphs, their tensors turned into
+float32 with the same values; the oracle is the eager model with the same rounded weights and the same rounded
+steering, computing in float32. That proves structure, wiring and constants of the bfloat16 files. It does not
+prove bfloat16 arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from onnx import TensorProto
+
+from calibration.plan import Add, Edit, SteeringPlan
+from graph_passes.float32_twin import write_float32_twins
+from graph_passes.interface import graph_inputs, graph_outputs
+from graph_passes.lowering import Stream
+from graph_passes.onnx_file import read_graph
+from sarsteer_export.bundle.manifest import MANIFEST, ONNX_FOLDER, PLAN, Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from calibration.lalm import Lalm
+    from engines.report import ParityReport
+
+
+TWIN_PRECISION = "float32 twin of bfloat16"
+TWIN_NOTE = (
+    "bfloat16: compared through a float32 twin of the graphs; structure, wiring and constants are proven, bfloat16 "
+    "arithmetic is not"
+)
+
+
+@dataclass(frozen=True)
+class Executable:
+    """What of a bundle ONNX Runtime's CPU provider can run, and the model and plan that it must agree with.
+
+    `precision`: what is computed in. `is_twin`: `folder` holds the float32 twins of the bundle's graphs.
+    """
+
+    folder: Path
+    lalm: Lalm
+    plan: SteeringPlan
+    precision: str
+    is_twin: bool = False
+
+    def labelled(self, report: ParityReport) -> ParityReport:
+        """The report, saying what was compared when that was a twin."""
+        if not self.is_twin:
+            return report
+        return dataclasses.replace(report, precision=TWIN_PRECISION, notes=(*report.notes, TWIN_NOTE))
+
+
+@contextmanager
+def executable(folder: Path, lalm: Lalm, plan: SteeringPlan) -> Iterator[Executable]:
+    """Within the block, a bundle folder that can be run on the CPU: `folder` itself or, in bfloat16, its twin."""
+    dtype = Manifest.read(folder).model["dtype"]
+    if dtype != "bfloat16":
+        yield Executable(folder, lalm, plan, dtype)
+        return
+    with float32_twin(folder) as twin:
+        rounded = rounded_plan(plan, dtype)
+        yield Executable(twin, float32_model(lalm), rounded, "float32", is_twin=True)
+
+
+@contextmanager
+def float32_twin(folder: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """Within the block, a bundle folder of the float32 twins of a bfloat16 bundle's graphs; then it is removed.
+
+    `folder` needs its manifest, which may list no files yet. The twin opens as any bundle does; it has neither
+    engines nor reports nor hashes. It takes twice the space of the graphs in the folder `scratch`, by default
+    the system's for temporary files. Raises `InputError` for a damaged bundle or too little space.
+    """
+    manifest = Manifest.read(folder)
+    with tempfile.TemporaryDirectory(prefix=".float32-twin-", dir=scratch) as made:
+        twin = Path(made)
+        for file in [*folder.iterdir(), folder / PLAN]:
+            if file.is_file() and file.name != MANIFEST:
+                target = twin / file.relative_to(folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+        (twin / ONNX_FOLDER).mkdir()
+        write_float32_twins(sorted((folder / ONNX_FOLDER).glob("*.onnx")), twin / ONNX_FOLDER)
+        dataclasses.replace(
+            manifest,
+            model=manifest.model | {"dtype": "float32"},
+            graphs={file: _ports(twin / file) for file in manifest.graphs},
+            files={},
+            engines=(),
+        ).write(twin)
+        yield twin
+
+
+def float32_model(lalm: Lalm) -> Lalm:
+    """A copy of a model, its weights as they are rounded, that computes in float32; `lalm` itself is left as it is.
+
+    Of a bfloat16 model the copy takes twice the memory, beside the model itself.
+    """
+    model: Any = copy.deepcopy(lalm.model)
+    return dataclasses.replace(lalm, model=model.float())
+
+
+def rounded_plan(plan: SteeringPlan, elem: str) -> SteeringPlan:
+    """The plan as a graph of element type `elem` ("bfloat16") holds it, in float32 and at strength 1.
+
+    What is added is scaled and rounded, except at strength 0; projections are computed in float32 as they are.
+    Raises `InputError` when a value overflows that type.
+    """
+    stream = Stream(TensorProto.DataType.Value(elem.upper()), None)
+    return dataclasses.replace(plan, edits=tuple(_rounded(edit, stream) for edit in plan.edits))
+
+
+def _rounded(edit: Edit, stream: Stream) -> Edit:
+    if not isinstance(edit, Add) or edit.strength == 0:
+        return edit
+    held_D = stream.cast(np.float32(edit.strength) * edit.vector)
+    return dataclasses.replace(edit, vector=held_D.astype(np.float32), strength=1.0)
+
+
+def _ports(file: Path) -> dict[str, object]:
+    graph = read_graph(file)
+    return {
+        "inputs": [dataclasses.asdict(port) for port in graph_inputs(graph)],
+        "outputs": [dataclasses.asdict(port) for port in graph_outputs(graph)],
+    }
