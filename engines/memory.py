@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ class Peak:
 def peak_memory() -> Iterator[Peak]:
     """Measure the peak resident memory of this process within the block.
 
-    Where the system cannot forget earlier peaks (not Linux), the peak is that of the process's whole life.
+    Where the system cannot forget earlier peaks (not Linux), the peak is that of the process's whole life; where it
+    says nothing (Windows), 0.
     """
     with suppress(OSError):
         CLEAR.write_text(CLEAR_PEAK)
@@ -44,4 +44,8 @@ def _resident(entry: str) -> int:
         for line in STATUS.read_text().splitlines():
             if line.startswith(f"{entry}:"):
                 return int(line.split()[1]) * 1024
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

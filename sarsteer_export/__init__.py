@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from calibration.steered import steered
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
+    from sarsteer_export.engine_build import EngineSettings, build_engines
     from sarsteer_export.exporting.export import export
     from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.patching import patch
     from sarsteer_export.pipeline import build
+    from sarsteer_export.refitting import refit
     from sarsteer_export.verification import verify
 
 _HOMES = {
@@ -28,6 +30,7 @@ _HOMES = {
     "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
+    "EngineSettings": "sarsteer_export.engine_build",
     "ParitySettings": "sarsteer_export.parity_run",
     "Positions": "calibration.plan",
     "Project": "calibration.plan",
@@ -36,10 +39,12 @@ _HOMES = {
     "SteeringPlan": "calibration.plan",
     "SteeringSettings": "calibration.directions",
     "build": "sarsteer_export.pipeline",
+    "build_engines": "sarsteer_export.engine_build",
     "calibrate": "calibration.calibrate",
     "export": "sarsteer_export.exporting.export",
     "load_bundle": "sarsteer_export.bundle.bundle",
     "patch": "sarsteer_export.patching",
+    "refit": "sarsteer_export.refitting",
     "steered": "calibration.steered",
     "verify": "sarsteer_export.verification",
 }
@@ -49,6 +54,7 @@ __all__ = [
     "BuildSettings",
     "Bundle",
     "CalibrationSettings",
+    "EngineSettings",
     "ParitySettings",
     "Positions",
     "Project",
@@ -57,10 +63,12 @@ __all__ = [
     "SteeringPlan",
     "SteeringSettings",
     "build",
+    "build_engines",
     "calibrate",
     "export",
     "load_bundle",
     "patch",
+    "refit",
     "steered",
     "verify",
 ]

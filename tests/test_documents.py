@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
+    "benchmarks/README.md",
     "docs/bundle.md",
+    "docs/engines.md",
+    "docs/gpu.md",
     "docs/parity.md",
     "docs/plan.md",
     "examples/pocket_lalm/README.md",
@@ -37,7 +40,7 @@ def parse(arguments: list[str]) -> click.Context:
     name, *rest = arguments
     command = group.get_command(click.Context(group), name)
     assert command is not None, f"{name} is no command"
-    return command.make_context(name, rest)
+    return command.make_context(name, rest, parent=click.Context(main, help_option_names=["-h", "--help"]))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -58,16 +61,17 @@ def test_the_example_in_every_help_text_parses(name: str) -> None:
     command = main.get_command(click.Context(main), name)
     assert command is not None
     assert command.help is not None
-    (example,) = re.findall(r"Example:\n(.*)", command.help, flags=re.DOTALL)
-    arguments = shlex.split(example.replace("\\\n", " "))
-    assert arguments[:2] == ["sarsteer-export", name]
-    parse(arguments[1:])
+    (examples,) = re.findall(r"Examples?:\n(.*)", command.help, flags=re.DOTALL)
+    for example in examples.replace("\\\n", " ").strip().splitlines():
+        arguments = shlex.split(example)
+        assert arguments[:2] == ["sarsteer-export", name]
+        parse(arguments[1:])
 
 
 def test_the_readme_names_every_command_and_links_to_files_that_exist() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in COMMANDS:
-        assert f"`{name} " in readme or f"sarsteer-export {name}" in readme
+        assert re.search(rf"`{name}[ `]", readme) or f"sarsteer-export {name}" in readme
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
