@@ -70,14 +70,18 @@ _ON_GPU = {
         + "Both sides round to 11 bits at every tensor, as on ONNX Runtime's CPU provider",
     ),
     "bfloat16": Limits(
-        max_abs=8e-2,
-        cosine=0.999,
-        kl=4e-2,
+        max_abs=5e-2,
+        cosine=0.998,
+        kl=1e-2,
         top1=1.0,
-        effect_cosine=0.99,
-        effect_ratio=0.16,
-        effect_floor=8e-2,
-        source=_NOT_MEASURED + "Eight times the errors of float16: three bits fewer",
+        effect_cosine=0.999,
+        effect_ratio=2e-2,
+        effect_floor=5e-2,
+        source=(
+            _NOT_MEASURED
+            + "About three times the distance between eager bfloat16 and the same weights computed in "
+            "float32, on the pocket LALM: 1.5e-2 relative, cosine 0.9994, KL 2.6e-3, effect norm ratio 6e-3"
+        ),
     ),
 }
 LIMITS |= {

@@ -23,21 +23,27 @@ def run_interruptibly(work: Callable[[], Result], cancel: Callable[[], None] = l
     """
     results: list[Result] = []
     errors: list[BaseException] = []
+    finished = (
+        threading.Event()
+    )  # not `join`: Python before 3.13 takes an interrupted join for the thread's end
 
     def run() -> None:
         try:
             results.append(work())
         except BaseException as error:  # raised again in the thread that waits
             errors.append(error)
+        finally:
+            finished.set()
 
     worker = threading.Thread(target=run, name="TensorRT")
-    worker.start()
     try:
-        while worker.is_alive():
-            worker.join(POLL_SECONDS)
+        worker.start()
+        while not finished.wait(POLL_SECONDS):
+            pass
     except BaseException:
         cancel()
-        worker.join()
+        if worker.ident is not None:  # it had started
+            finished.wait()
         raise
     if errors:
         raise errors[0]

@@ -183,22 +183,22 @@ def test_an_interrupt_cancels_the_build_and_leaves_nothing(
     decoders: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Ctrl-C does: the thread that waits is interrupted, and the build must then end by itself."""
-    graph, join = decoders("float32", "unsteered"), threading.Thread.join
+    graph, wait = decoders("float32", "unsteered"), threading.Event.wait
     percents: list[int] = []
-    interrupted: list[threading.Thread] = []
+    interrupted: list[threading.Event] = []
 
-    def interrupting(thread: threading.Thread, timeout: float | None = None) -> None:
-        if timeout is not None and percents and not interrupted:
-            interrupted.append(thread)
+    def interrupting(event: threading.Event, timeout: float | None = None) -> bool:
+        if timeout == 0.001 and percents and not interrupted:
+            interrupted.append(event)
             raise KeyboardInterrupt
-        join(thread, timeout)
+        return wait(event, timeout)
 
-    monkeypatch.setattr("engines.trt.worker.threading.Thread.join", interrupting)
+    monkeypatch.setattr("engines.trt.worker.threading.Event.wait", interrupting)
     monkeypatch.setattr("engines.trt.worker.POLL_SECONDS", 0.001)
     with pytest.raises(KeyboardInterrupt):
         build(graph, tmp_path, progress=lambda _stage, done, _total: percents.append(done))
     assert 100 not in percents
-    assert not interrupted[0].is_alive()
+    assert interrupted[0].is_set(), "the build was not waited for"
     assert list(tmp_path.iterdir()) == []
 
 

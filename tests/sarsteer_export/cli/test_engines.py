@@ -15,7 +15,7 @@ from onnx import helper
 
 from engines.backends import BACKENDS
 from engines.sidecar import EngineRecord
-from sarsteer_export.bundle.manifest import PLAN, STEERED_DECODER, Manifest
+from sarsteer_export.bundle.manifest import COMPONENTS, PLAN, STEERED_DECODER, Manifest
 from tests.sarsteer_export.command_line import (
     answered,
     answered_json,
@@ -270,33 +270,29 @@ def test_an_interrupted_build_leaves_nothing(steered: Path, tmp_path: Path) -> N
 # --- engines in a bundle -------------------------------------------------------------------------------------
 
 
-def test_a_bundle_holds_engines_of_decoder_and_encoder(engine_bundle: tuple[Path, Any]) -> None:
+def test_a_bundle_holds_an_engine_of_every_graph(engine_bundle: tuple[Path, Any], inputs: Inputs) -> None:
     path, answer = engine_bundle
     rtx, cuda = answer["engines"]
     folder = path / "engines" / RTX_LABEL
     assert rtx["components"] == {
         "decoder": f"engines/{RTX_LABEL}/decoder.engine",
         "audio_encoder": f"engines/{RTX_LABEL}/audio_encoder.engine",
+        "embed_tokens": f"engines/{RTX_LABEL}/embed_tokens.engine",
     }
     assert cuda["components"]["decoder"] == STEERED_DECODER.as_posix()
     manifest = Manifest.read(path)
     manifest.check_hashes(path)
-    for component in ("decoder", "audio_encoder"):
+    for component, graph in COMPONENTS.items():
         record = EngineRecord.read(folder / f"{component}.json")
         assert manifest.files[f"engines/{RTX_LABEL}/{component}.engine"]["sha256"] == record.engine["sha256"]
-        assert (
-            record.graph["sha256"]
-            == manifest.files[
-                STEERED_DECODER.as_posix() if component == "decoder" else "onnx/audio_encoder.onnx"
-            ]["sha256"]
-        )
+        assert manifest.files[graph.as_posix()]["sha256"] == record.graph["sha256"]
     decoder = EngineRecord.read(folder / "decoder.json")
     assert decoder.plan_sha256 == manifest.plan_sha256
     wanted = {name for edit in manifest.edits for name in edit["constants"]}
     assert {constant.name for constant in decoder.steering} == wanted
-    longest = 128
-    assert decoder.profiles[0].shapes["attention_mask"].max[1] <= longest * 16
-    assert decoder.profiles[0].shapes["attention_mask"].max[0] == 2
+    config = json.loads((inputs.model / "config.json").read_text(encoding="utf-8"))
+    longest = config["text_config"]["max_position_embeddings"]
+    assert decoder.profiles[0].shapes["attention_mask"].max == (2, min(longest, 2048))
 
 
 def test_an_engine_that_was_not_run_is_never_called_passed(engine_bundle: tuple[Path, Any]) -> None:
