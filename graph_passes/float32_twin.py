@@ -7,6 +7,7 @@ the roundings of bfloat16 arithmetic: its casts to bfloat16 became casts to floa
 from __future__ import annotations
 
 import math
+import posixpath
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from calibration.errors import InputError
 from graph_passes.graph_index import subgraphs
-from graph_passes.onnx_file import read_graph, write_graph
+from graph_passes.onnx_file import external_files, read_graph, write_graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
     from onnx import AttributeProto, ModelProto, TypeProto, ValueInfoProto
 
 ELEM_TYPE_ATTRIBUTES = frozenset(
-    {"to", "dtype", "stash_type", "output_dtype", "output_datatype", "softmax_precision"}
+    {"to", "dtype", "stash_type", "output_dtype", "output_datatype", "precision", "softmax_precision"}
 )
 """Integer attributes of ONNX's operators that name an element type."""
 PAGE_BYTES = 4096
 """Tensors start at multiples of this, so that runtimes can map them."""
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, order=True)
@@ -54,7 +55,8 @@ def write_float32_twins(sources: Sequence[Path], folder: Path) -> None:
     """Write the float32 twins of bfloat16 ONNX files that lie in one folder into another, names kept.
 
     Files of external data that sources share are shared by their twins, under their own names; they are
-    streamed, so that no more than a few megabytes of them are held. Graph files are written last. Raises
+    streamed, so that no more than a few megabytes of them are held. Graph files are written last. `folder`
+    must exist; what it holds after an error is incomplete. Raises
     `InputError` when a source is no graph, damaged, or `folder` lacks the space, `ValueError` for a graph
     without any bfloat16 or sources in several folders or in `folder` itself.
     """
@@ -78,21 +80,32 @@ def write_float32_twins(sources: Sequence[Path], folder: Path) -> None:
 
 
 def _regions(graph: ModelProto, source: Path) -> set[_Region]:
-    return {_region(tensor, source) for tensor in _tensors(graph) if uses_external_data(tensor)}
+    checked = {file.location for file in external_files(graph)}
+    regions = set()
+    for tensor in filter(uses_external_data, _tensors(graph)):
+        if (location := ExternalDataInfo(tensor).location) not in checked:
+            raise InputError(
+                f"ONNX file {source}: tensor {tensor.name!r} of a function has its values in {location!r}; expected "
+                "them in the graph file"
+            )
+        regions.add(_region(tensor, source))
+    return regions
 
 
 def _region(tensor: TensorProto, source: Path) -> _Region:
     """Where a tensor's values lie. Raises `InputError` when they are not as many bytes as its shape needs."""
     info = ExternalDataInfo(tensor)
     offset = info.offset or 0
-    length = info.length or (source.parent / info.location).stat().st_size - offset
+    length = info.length
+    if length is None:
+        length = (source.parent / info.location).stat().st_size - offset
     widen = tensor.data_type == TensorProto.BFLOAT16
     if widen and length != (needed := 2 * math.prod(tensor.dims)):
         raise InputError(
             f"ONNX file {source}: tensor {tensor.name!r} has {length} bytes of external data; expected {needed} for "
             f"bfloat16 of shape {tuple(tensor.dims)}; is the file damaged?"
         )
-    return _Region(info.location, offset, length, widen)
+    return _Region(posixpath.normpath(info.location), offset, length, widen)
 
 
 def _places(regions: Iterable[_Region]) -> dict[_Region, int]:
@@ -112,7 +125,7 @@ def _check_space(folder: Path, places: Mapping[_Region, int], graphs: Mapping[Pa
     if free < needed:
         raise InputError(
             f"{folder}: the float32 twin of the bfloat16 graphs needs about {needed / 1e6:,.0f} MB while it is "
-            f"checked; {free / 1e6:,.0f} MB are free there"
+            f"checked; {free / 1e6:,.0f} MB are free there; free some, or name a larger place in TMPDIR"
         )
 
 
@@ -132,9 +145,11 @@ def _write_data(places: Mapping[_Region, int], home: Path, folder: Path) -> None
 
 def _chunks(source: BinaryIO, length: int) -> Iterator[bytes]:
     for start in range(0, length, CHUNK_BYTES):
-        chunk = source.read(min(CHUNK_BYTES, length - start))
-        if not chunk:
-            raise InputError(f"{source.name}: ended {length - start} bytes early; did it change meanwhile?")
+        wanted = min(CHUNK_BYTES, length - start)
+        chunk = source.read(wanted)
+        if len(chunk) < wanted:
+            missing = length - start - len(chunk)
+            raise InputError(f"{source.name}: ended {missing} bytes early; did it change meanwhile?")
         yield chunk
 
 

@@ -14,6 +14,7 @@ from calibration.errors import InputError
 from calibration.lalm import Lalm, encode_requests
 from calibration.states import load_clips
 from calibration.steered import steered
+from engines.backends import CPU_BACKEND
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,9 +134,13 @@ def measure_behaviour(
     *,
     max_new_tokens: int = 32,
     batch_size: int = 16,
+    engine_name: str = CPU_BACKEND.name,
     progress: Progress | None = None,
 ) -> BehaviourReport:
-    """Ask every request of every kind (`harmful`, `benign`) on the eager model and on the bundle."""
+    """Ask every request of every kind (`harmful`, `benign`) on the eager model and on the bundle.
+
+    `engine_name`: what the report calls that which runs the bundle.
+    """
     rows, identical, examples = [], {}, []
     systems = (("undefended", None), ("steered", plan)) if bundle.has_unsteered else (("steered", plan),)
     done, total = 0, len(systems) * sum(map(len, requests.values()))
@@ -159,7 +164,7 @@ def measure_behaviour(
             same += sum(ours == theirs for ours, theirs in zip(eager, engine, strict=True))
             rows += [
                 _count(system, "eager", kind, eager, judge),
-                _count(system, "onnxruntime-cpu", kind, engine, judge),
+                _count(system, engine_name, kind, engine, judge),
             ]
             first = asked[0]
             examples.append(

@@ -1,6 +1,6 @@
 """One parity run: the oracle prepared, the export checked, the steered engine compared with it.
 
-The order is the contract: nothing is patched before the unsteered export agrees with the eager model.
+The order is the contract: nothing steered is compared before the unsteered export agrees with the eager model.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class ParityRun:
         return limits_for(self.settings.backend, self.settings.precision)
 
     def check_export(self, decoder: Path) -> VerifiedExport:
-        """Check that an unsteered decoder agrees with the eager model, before anything is patched.
+        """Check that an unsteered decoder agrees with the eager model, before anything steered is compared.
 
         Raises `ParityError` naming the figures that do not keep their limits.
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +69,9 @@ if TYPE_CHECKING:
 
 BYTES_BESIDE_WEIGHTS = 2_000_000
 """Graphs, tokenizer and reports of a small model's bundle; a 7B's are some megabytes more."""
-MEMORY_COPIES = 3
-"""Copies of the weights held at once at the peak: the eager model, the traced program, a runtime session."""
+MEMORY_PER_PARAMETER = {"float32": 12, "float16": 6, "bfloat16": 10}
+"""Bytes held at once at the peak: the eager model, the traced program and a runtime session; in bfloat16 the model,
+its copy in float32 and a session of the float32 twin."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def build(
     if earlier is not None and "verify" in reusable:
         return _up_to_date(target, earlier)
     check_output(target, overwrite=settings.overwrite)
-    _check_space(target, _disk_bytes(inputs.model, settings))
+    _check_room(target, inputs.model, settings)
     with staged_directory(target, overwrite=settings.overwrite) as folder:
         lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
         for requests in (inputs.harmful, inputs.benign, *inputs.evaluation.values()):
@@ -150,6 +152,7 @@ def build(
                         inputs.evaluation,
                         settings.judge,
                         max_new_tokens=settings.max_new_tokens,
+                        engine_name=given.engine_name,
                         progress=progress,
                     )
         if earlier is not None and "engines" in reusable:
@@ -186,9 +189,9 @@ def preview(model: str | Path, output: str | Path, settings: BuildSettings) -> B
         steps = [(stage, "up to date") for stage in inputs.stages]
     else:
         check_output(target, overwrite=settings.overwrite)
-        _check_space(target, disk)
+        _check_room(target, inputs.model, settings)
         steps = [(stage, "reused" if stage in reusable else "run") for stage in inputs.stages]
-    memory = MEMORY_COPIES * parameters * BYTES_PER_PARAMETER[settings.dtype]
+    memory = parameters * MEMORY_PER_PARAMETER[settings.dtype]
     return BuildPreview(tuple(steps), parameters, disk, memory)
 
 
@@ -314,11 +317,19 @@ def _disk_bytes(model: Path, settings: BuildSettings) -> int:
     return weights * (1 + len(built)) + BYTES_BESIDE_WEIGHTS
 
 
-def _check_space(target: Path, needed: int) -> None:
+def _check_room(target: Path, model: Path, settings: BuildSettings) -> None:
+    """Raise `InputError` when the bundle, or in bfloat16 its twin among the temporary files, does not fit."""
+    _check_space(target, _disk_bytes(model, settings), "the bundle")
+    if settings.dtype == "bfloat16":
+        twin = parameter_count(model) * BYTES_PER_PARAMETER["float32"]
+        _check_space(Path(tempfile.gettempdir()) / "twin", twin, "the float32 twin (set TMPDIR to move it)")
+
+
+def _check_space(target: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(nearest_folder(target)).free
     if free < needed:
         raise InputError(
-            f"{target}: the bundle needs about {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free there"
+            f"{target}: {what} needs about {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free there"
         )
 
 

@@ -1,7 +1,7 @@
 """A bundle of bfloat16 graphs proven on the CPU: its float32 twin against the eager model in float32.
 
 ONNX Runtime's CPU provider has no bfloat16 products. The twin holds the same graphs, their tensors turned into
-float32 with the same values; the oracle is the eager model with the same rounded weights and the same rounded
+float32 with the same values; the oracle is the eager model with the same rounded weights, attention scales and
 steering, computing in float32. That proves structure, wiring and constants of the bfloat16 files. It does not
 prove bfloat16 arithmetic.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -18,9 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from onnx import TensorProto
 
+from calibration.lalm import find_decoder
 from calibration.plan import Add, Edit, SteeringPlan
+from engines.backends import CPU_BACKEND
 from graph_passes.float32_twin import write_float32_twins
 from graph_passes.interface import graph_inputs, graph_outputs
 from graph_passes.lowering import Stream
@@ -45,20 +49,32 @@ TWIN_NOTE = (
 class Executable:
     """What of a bundle ONNX Runtime's CPU provider can run, and the model and plan that it must agree with.
 
-    `precision`: what is computed in. `is_twin`: `folder` holds the float32 twins of the bundle's graphs.
+    `plan_sha256`: of the plan as the bundle holds it. `precision`: what is computed in. `is_twin`: `folder` holds
+    the float32 twins of the bundle's graphs.
     """
 
     folder: Path
     lalm: Lalm
     plan: SteeringPlan
+    plan_sha256: str
     precision: str
     is_twin: bool = False
+
+    @property
+    def engine_name(self) -> str:
+        """What runs it, for people."""
+        return f"{CPU_BACKEND.name}, {TWIN_PRECISION}" if self.is_twin else CPU_BACKEND.name
 
     def labelled(self, report: ParityReport) -> ParityReport:
         """The report, saying what was compared when that was a twin."""
         if not self.is_twin:
             return report
-        return dataclasses.replace(report, precision=TWIN_PRECISION, notes=(*report.notes, TWIN_NOTE))
+        return dataclasses.replace(
+            report,
+            precision=TWIN_PRECISION,
+            context=report.context | {"plan_sha256": self.plan_sha256},
+            notes=(*report.notes, TWIN_NOTE),
+        )
 
 
 @contextmanager
@@ -66,11 +82,11 @@ def executable(folder: Path, lalm: Lalm, plan: SteeringPlan) -> Iterator[Executa
     """Within the block, a bundle folder that can be run on the CPU: `folder` itself or, in bfloat16, its twin."""
     dtype = Manifest.read(folder).model["dtype"]
     if dtype != "bfloat16":
-        yield Executable(folder, lalm, plan, dtype)
+        yield Executable(folder, lalm, plan, plan.digest(), dtype)
         return
     with float32_twin(folder) as twin:
         rounded = rounded_plan(plan, dtype)
-        yield Executable(twin, float32_model(lalm), rounded, "float32", is_twin=True)
+        yield Executable(twin, float32_model(lalm), rounded, plan.digest(), "float32", is_twin=True)
 
 
 @contextmanager
@@ -102,12 +118,27 @@ def float32_twin(folder: Path, scratch: Path | None = None) -> Iterator[Path]:
 
 
 def float32_model(lalm: Lalm) -> Lalm:
-    """A copy of a model, its weights as they are rounded, that computes in float32; `lalm` itself is left as it is.
+    """A copy of a model, its constants as its graphs hold them, that computes in float32; `lalm` is left as it is.
 
-    Of a bfloat16 model the copy takes twice the memory, beside the model itself.
+    Weights are rounded already; attention's scales, which eager PyTorch never rounds, are rounded as the exporter
+    does. Of a bfloat16 model the copy takes twice the memory, beside the model itself.
     """
     model: Any = copy.deepcopy(lalm.model)
+    decoder = set(find_decoder(model).decoder.modules())
+    for module in model.modules():
+        if isinstance(scale := getattr(module, "scaling", None), float):
+            module.scaling = _rounded_scale(scale, lalm.model.dtype, split=module in decoder)
     return dataclasses.replace(lalm, model=model.float())
+
+
+def _rounded_scale(scale: float, dtype: torch.dtype, *, split: bool) -> float:
+    """The scale that a graph applies; `split`: as two roots, to queries and to keys, each rounded by itself.
+
+    Decoders leave the scale to PyTorch's attention, which the exporter takes apart in that way. Audio encoders
+    multiply their queries by it.
+    """
+    held = torch.tensor(math.sqrt(scale) if split else scale, dtype=dtype).item()
+    return held**2 if split else held
 
 
 def rounded_plan(plan: SteeringPlan, elem: str) -> SteeringPlan:

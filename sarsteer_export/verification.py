@@ -15,6 +15,7 @@ from calibration.requests import read_requests
 from calibration.states import check_clips
 from engines.backends import CPU_BACKEND, find_backend
 from engines.opening import check_can_run
+from graph_passes.float32_twin import write_float32_twins
 from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.manifest import PLAN, STEERED_DECODER, UNSTEERED_DECODER, Manifest
 from sarsteer_export.bundle_engines import prove_engine
@@ -70,7 +71,10 @@ def verify(
         run = ParityRun(given.lalm, given.plan, chosen, parity, progress)
         opened = stack.enter_context(Bundle(given.folder))
         around = run.check_around_decoder(opened)
-        exported = run.check_export(_unsteered(given.folder, given.lalm, stack))
+        unsteered = _unsteered(given.folder, lalm, stack)
+        if given.is_twin and not opened.has_unsteered:
+            unsteered = _twin_of(unsteered, stack)
+        exported = run.check_export(unsteered)
         return given.labelled(run.check_steering(exported, given.folder / STEERED_DECODER, around))
 
 
@@ -80,3 +84,10 @@ def _unsteered(folder: Path, lalm: Lalm, stack: ExitStack) -> Path:
         return folder / UNSTEERED_DECODER
     scratch = stack.enter_context(tempfile.TemporaryDirectory())
     return export(lalm, Path(scratch) / "onnx").decoder
+
+
+def _twin_of(decoder: Path, stack: ExitStack) -> Path:
+    """The float32 twin of a decoder, while `stack` is open; a float32 export names its tensors otherwise."""
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    write_float32_twins([decoder], scratch)
+    return scratch / decoder.name

@@ -56,7 +56,8 @@ TYPES = {
 def serialized(model: onnx.ModelProto, profiles: Sequence[Profile], **faults: Any) -> bytes:
     """An engine of the stand-in: a graph with all its weights, its profiles, and what should be wrong with it.
 
-    Faults: `host` (a tensor said to lie on the host), `fails` (runs are refused), `capturable` (False).
+    Faults: `host` (a tensor said to lie on the host), `fails` (runs are refused), `capturable` (False). `refit`: the
+    names of weights that may be swapped; `missing`: one that TensorRT wants along with them.
     """
     ranges = [
         {name: [shape.min, shape.opt, shape.max] for name, shape in profile.shapes.items()}
@@ -123,21 +124,100 @@ class Runtime:
         return Runtime.opened
 
 
+SerializationFlag = Enum("SerializationFlag", "EXCLUDE_WEIGHTS EXCLUDE_LEAN_RUNTIME INCLUDE_REFIT")
+
+
+class SerializationConfig:
+    """Flags; weights are left out of a refitted engine unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.flags = {SerializationFlag.EXCLUDE_WEIGHTS}
+
+    def set_flag(self, flag: Any) -> bool:
+        self.flags.add(flag)
+        return True
+
+    def clear_flag(self, flag: Any) -> bool:
+        self.flags.discard(flag)
+        return True
+
+
+class Weights:
+    """Weights by address, as the real constructor takes what numpy has no type for. Nothing is copied."""
+
+    def __init__(self, dtype: Any, address: int, count: int) -> None:
+        self.dtype, self.address, self.count = dtype, address, count
+
+
+class Refitter:
+    """Swaps weights of an engine when all that are wanted were given; reads them only then."""
+
+    def __init__(self, engine: Engine, logger: Any) -> None:
+        self._engine, self._logger = engine, logger
+        self._given: dict[str, Weights] = {}
+
+    def get_all_weights(self) -> list[str]:
+        return list(self._engine.header.get("refit", []))
+
+    def get_missing_weights(self) -> list[str]:
+        wanted = self._engine.header.get("missing")
+        return [wanted] if wanted and self._given else []
+
+    def set_named_weights(self, name: str, weights: Weights) -> bool:
+        if name not in self.get_all_weights():
+            return self._refuse(f"{name} is not refittable")
+        tensor = self._engine.initializers[name]
+        if TYPES[tensor.data_type] is not weights.dtype or weights.count != int(np.prod(tensor.dims)):
+            return self._refuse(f"{name}: {weights.dtype} x {weights.count} is not what it was built with")
+        self._given[name] = weights
+        return True
+
+    def refit_cuda_engine(self) -> bool:
+        if not self._given or self.get_missing_weights() or self._engine.header.get("fails"):
+            return self._refuse("refit failed")
+        for name, weights in self._given.items():
+            tensor = self._engine.initializers[name]
+            tensor.raw_data = ctypes.string_at(weights.address, len(tensor.raw_data))
+        self._engine._open()
+        return True
+
+    def _refuse(self, why: str) -> bool:
+        self._logger.log(ILogger.Severity.ERROR, why)
+        return False
+
+
 class Engine:
     """The part of `ICudaEngine` that running needs."""
 
     def __init__(self, header: dict[str, Any], model: onnx.ModelProto, logger: Any) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self.model = model
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._open()
         self.header, self.logger = header, logger
         self.inputs = {value.name: value for value in model.graph.input}
         self.outputs = {value.name: value for value in model.graph.output}
         self.num_io_tensors = len(self.inputs) + len(self.outputs)
         self.num_optimization_profiles = max(1, len(header["profiles"]))
         self.contexts: list[Context] = []
+
+    def create_serialization_config(self) -> SerializationConfig:
+        return SerializationConfig()
+
+    def serialize_with_config(self, config: SerializationConfig) -> bytes | None:
+        if SerializationFlag.EXCLUDE_WEIGHTS in config.flags:
+            return MAGIC + b"stripped"
+        header = dict(self.header)
+        if SerializationFlag.INCLUDE_REFIT not in config.flags:
+            header.pop("refit", None)
+        return b"".join([MAGIC, json.dumps(header).encode(), b"\n", self.model.SerializeToString()])
+
+    def _open(self) -> None:
+        """Open the graph as it is now."""
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(
+            self.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
 
     def get_tensor_name(self, index: int) -> str:
         return [*self.inputs, *self.outputs][index]

@@ -47,7 +47,9 @@ def decoders(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     return decoder
 
 
-def build(graph: Path, folder: Path, profiles: tuple[Profile, ...] | None = None, **more: Any) -> EngineRecord:
+def build(
+    graph: Path, folder: Path, profiles: tuple[Profile, ...] | None = None, **more: Any
+) -> EngineRecord:
     source = engine_source(graph)
     chosen = derive_profiles(source.inputs, SMALL) if profiles is None else profiles
     return build_engine(source, folder / "decoder.engine", RTX, chosen, **more)
@@ -153,7 +155,7 @@ def test_a_failed_build_carries_the_lines_of_the_log(
     decoders: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     """TensorRT-RTX has no float32 products for Turing: the builder returns nothing."""
-    with pytest.raises(EngineError, match="cannot build an engine of .*\n.*FP32 GEMM is not supported"):
+    with pytest.raises(EngineError, match=r"cannot build an engine of .*\n.*FP32 GEMM is not supported"):
         build(decoders("float32", "unsteered"), tmp_path, compute_capabilities=["7.5"])
     assert list(tmp_path.iterdir()) == []
 
@@ -165,7 +167,7 @@ def test_profiles_that_tensorrt_refuses(decoders: Callable[[str, str], Path], tm
     embeds = prefill.shapes["inputs_embeds"]
     wrong = ShapeRange(embeds.max, embeds.opt, embeds.min)
     profile = dataclasses.replace(prefill, shapes={**prefill.shapes, "inputs_embeds": wrong})
-    with pytest.raises(EngineError, match="refuses profile 'prefill'.*MIN<=OPT<=MAX"):
+    with pytest.raises(EngineError, match=r"refuses profile 'prefill'.*MIN<=OPT<=MAX"):
         build(graph, tmp_path, (profile,))
 
 
@@ -219,7 +221,9 @@ def test_enterprise_tensorrt_takes_the_same_path_and_needs_a_gpu(
             compute_capabilities=["8.9"],
         )
     _no_driver(monkeypatch)
-    with pytest.raises(UnsupportedError, match=r"tensorrt builds on the kind of GPU .* --engine tensorrt-rtx"):
+    with pytest.raises(
+        UnsupportedError, match=r"tensorrt builds on the kind of GPU .* --engine tensorrt-rtx"
+    ):
         build_engine(source, tmp_path / "decoder.engine", enterprise, profiles)
 
 

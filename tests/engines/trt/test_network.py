@@ -77,7 +77,11 @@ def test_a_matrix_product_is_a_consumer(parsed: Callable[..., Network]) -> None:
     [
         ([helper.make_node("Relu", ["x"], ["y"])], needed(), "no such constant|no ELEMENTWISE SUM layer"),
         (
-            [WHERE, helper.make_node("Add", ["x", "term"], ["unread"]), helper.make_node("Relu", ["x"], ["y"])],
+            [
+                WHERE,
+                helper.make_node("Add", ["x", "term"], ["unread"]),
+                helper.make_node("Relu", ["x"], ["y"]),
+            ],
             needed(),
             "no such constant|no ELEMENTWISE SUM layer on the way to an output",
         ),
@@ -95,7 +99,9 @@ def test_what_did_not_arrive(
     required: tuple[RequiredConstant, ...],
     why: str,
 ) -> None:
-    with pytest.raises(EngineError, match=f"'steer.vector' did not reach the tensorrt-rtx network: .*({why})"):
+    with pytest.raises(
+        EngineError, match=f"'steer.vector' did not reach the tensorrt-rtx network: .*({why})"
+    ):
         require_constants(parsed(graph(*nodes)), required)
 
 
@@ -124,7 +130,7 @@ def test_external_data_that_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "toy.onnx"
     onnx.save(graph(WHERE, ADD), path, save_as_external_data=True, location="data", size_threshold=0)
     (tmp_path / "data").unlink()
-    with pytest.raises(EngineError, match="Failed to import initializer: steer.vector"):
+    with pytest.raises(EngineError, match=r"Failed to import initializer: steer\.vector"):
         parse(path, RTX)
 
 

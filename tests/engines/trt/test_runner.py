@@ -24,10 +24,10 @@ from engines.backends import BACKENDS, Backend, Runtime
 from engines.cuda_driver import cuda_driver
 from engines.onnxruntime_runner import OnnxRuntimeDecoder
 from engines.sidecar import Binding, BuildFacts, EngineRecord, Profile, Refit, ShapeRange, sidecar_of
+from engines.torch_arrays import to_host
 from engines.trace import Trace, record
 from engines.trt import opened
 from engines.trt.api import log_of
-from engines.torch_arrays import to_host
 from engines.trt.device import TORCH_DTYPES, address, allocate, fill
 from engines.trt.runner import TensorRTDecoder, TensorRTRunner, check_torch_cuda
 from tests.decoders import TinyDecoder
