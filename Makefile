@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 POCKET := examples/pocket_lalm
 SOURCES := calibration graph_passes engines sarsteer_export
 
-.PHONY: help setup demo test lint format bench pocket-lalm clean
+.PHONY: help setup demo test lint format bench gpu-check pocket-lalm clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -43,8 +43,12 @@ format: $(STAMP)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Measure what steering costs at run time
+bench: $(STAMP)  ## Measure what steering costs at run time, and when an engine is built
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/engine_build.py
+
+gpu-check: $(STAMP)  ## Prove every engine that runs on this machine; needs an NVIDIA GPU
+	$(BIN)/python benchmarks/gpu_check.py
 
 pocket-lalm: $(STAMP)  ## Train the pocket LALM anew and choose its alpha (about half an hour; needs espeak-ng)
 	$(BIN)/python $(POCKET)/train.py

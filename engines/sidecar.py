@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from calibration.errors import InputError
 
@@ -129,7 +130,7 @@ class EngineRecord:
     def read(cls, path: Path) -> EngineRecord:
         """Read and check a sidecar. Raises `InputError` when it is missing, malformed or of another version."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
         except OSError as error:
             raise InputError(f"{path}: the engine's sidecar cannot be read ({error.strerror})") from error
         except (ValueError, RecursionError) as error:
@@ -142,33 +143,17 @@ class EngineRecord:
             )
         try:
             return cls._from_json(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: the sidecar is malformed ({type(error).__name__}: {error})") from error
+        except ValueError as error:
+            raise InputError(f"{path}: the sidecar is malformed: {error}") from error
 
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> EngineRecord:
-        return cls(
-            backend=str(content["backend"]),
-            backend_version=str(content["backend_version"]),
-            compute_capabilities=tuple(map(str, content["compute_capabilities"])),
-            precision=str(content["precision"]),
-            inputs=_bindings(content["inputs"]),
-            outputs=_bindings(content["outputs"]),
-            profiles=tuple(_profile(entry) for entry in content["profiles"]),
-            graph=dict(content["graph"]),
-            engine={
-                "file": str(content["engine"]["file"]),
-                "bytes": int(content["engine"]["bytes"]),
-                "sha256": str(content["engine"]["sha256"]),
-            },
-            plan_sha256=content["plan_sha256"],
-            steering=tuple(
-                NetworkConstant(**{**entry, "shape": tuple(entry["shape"])}) for entry in content["steering"]
-            ),
-            refit=Refit(tuple(content["refit"]["constants"]), content["refit"]["reason"]),
-            build=BuildFacts(**content["build"]),
-            warnings=tuple(map(str, content["warnings"])),
-        )
+        record: EngineRecord = _typed(cls, content, "sidecar")
+        for part, keys in (("graph", {"file": str}), ("engine", {"file": str, "bytes": int, "sha256": str})):
+            held = content[part]
+            for key, kind in keys.items():
+                _typed(kind, _entry(held, key, part), f"{part}.{key}")
+        return record
 
 
 def sidecar_of(engine: Path) -> Path:
@@ -176,15 +161,33 @@ def sidecar_of(engine: Path) -> Path:
     return engine.with_suffix(SIDECAR_SUFFIX)
 
 
-def _bindings(entries: list[dict[str, Any]]) -> tuple[Binding, ...]:
-    return tuple(Binding(entry["name"], entry["dtype"], tuple(entry["dims"])) for entry in entries)
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON as `kind`, a type as the records here have. Raises `ValueError` when it is another."""
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(
+            **{key: _typed(hint, _entry(value, key, where), f"{where}.{key}") for key, hint in hints.items()}
+        )
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    plain = arguments if origin is UnionType else (kind,)
+    if type(value) in plain:  # JSON's true is no number
+        return value
+    if float in plain and type(value) is int:
+        return float(value)
+    raise ValueError(f"{where} is {value!r:.60}; expected {getattr(kind, '__name__', kind)}")
 
 
-def _profile(entry: dict[str, Any]) -> Profile:
-    return Profile(
-        str(entry["name"]),
-        {
-            name: ShapeRange(*(tuple(map(int, shape[key])) for key in ("min", "opt", "max")))
-            for name, shape in entry["shapes"].items()
-        },
-    )
+def _entry(value: Any, key: str, where: str) -> Any:
+    if not isinstance(value, dict) or key not in value:
+        raise ValueError(f"{where} has no {key!r}")
+    return value[key]
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")

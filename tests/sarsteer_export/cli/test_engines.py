@@ -308,7 +308,9 @@ def test_an_engine_that_was_not_run_is_never_called_passed(engine_bundle: tuple[
         )
         assert (report["verdict"], report["cases"]) == ("built, not executed", [])
         assert report["backend"] == entry["backend"]
-    page = (path / "reports" / f"parity-tensorrt-rtx-{BACKENDS['tensorrt-rtx'].version()}-float32.html").read_text()
+    page = (
+        path / "reports" / f"parity-tensorrt-rtx-{BACKENDS['tensorrt-rtx'].version()}-float32.html"
+    ).read_text()
     assert "Built, not executed" in page
     assert "runs on an NVIDIA GPU" in page
 
