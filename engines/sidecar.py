@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -130,7 +131,9 @@ class EngineRecord:
     def read(cls, path: Path) -> EngineRecord:
         """Read and check a sidecar. Raises `InputError` when it is missing, malformed or of another version."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+            content = json.loads(
+                path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite
+            )
         except OSError as error:
             raise InputError(f"{path}: the engine's sidecar cannot be read ({error.strerror})") from error
         except (ValueError, RecursionError) as error:
@@ -143,7 +146,7 @@ class EngineRecord:
             )
         try:
             return cls._from_json(content)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise InputError(f"{path}: the sidecar is malformed: {error}") from error
 
     @classmethod
@@ -189,5 +192,7 @@ def _entry(value: Any, key: str, where: str) -> Any:
     return value[key]
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
