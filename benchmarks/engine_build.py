@@ -148,8 +148,10 @@ def random_decoder(settings: Settings, precision: str, folder: Path) -> Decoder:
 def pocket_decoder(settings: Settings, precision: str, folder: Path) -> Decoder:
     """The pocket LALM's decoder in `folder`, unsteered and with an addition behind every block."""
     from calibration.lalm import load_lalm
+    from sarsteer_export.cli.command import quiet_transformers
     from sarsteer_export.exporting.export import export_decoder
 
+    quiet_transformers()
     plain, edited = folder / "decoder.onnx", folder / "decoder_steered.onnx"
     lalm = load_lalm(POCKET, dtype=precision)
     parts = lalm.parts

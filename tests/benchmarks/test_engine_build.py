@@ -8,7 +8,7 @@ import click
 import pytest
 
 import engine_build
-from engine_build import AGAIN, SIDES, STEERED, UNSTEERED, Build, benchmark, compare, orders, table
+from engine_build import AGAIN, STEERED, UNSTEERED, Build, benchmark, compare, table
 from random_decoder import Settings
 
 TINY = Settings(2, 64, 50, positions=8, pairs=1, decode_pairs=1, threads=1, seed=0)
@@ -26,12 +26,6 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert found["layers"].ratio.median == pytest.approx(1.2)
 
 
-def test_every_round_builds_every_side_in_some_order() -> None:
-    made = orders(20, seed=0)
-    assert all(sorted(order) == sorted(SIDES) for order in made)
-    assert len({tuple(order) for order in made}) > 1
-
-
 def test_an_engine_without_its_steering_is_not_measured() -> None:
     sidecar: dict[str, Any] = {
         "steering": [],
@@ -44,16 +38,12 @@ def test_an_engine_without_its_steering_is_not_measured() -> None:
 
 def test_it_builds_real_engines_and_tells_people(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
-    random = engine_build.random_decoder
-    monkeypatch.setattr(
-        engine_build, "pocket_decoder", lambda precision, seed, folder: random(TINY, precision, folder)
-    )
-    monkeypatch.setattr(engine_build, "orders", lambda rounds, seed: [[UNSTEERED, STEERED, AGAIN]])
+    monkeypatch.setattr(engine_build, "pocket_decoder", engine_build.random_decoder)
     result = benchmark(TINY, "tensorrt-rtx", ("float16",), 1)
-    assert [(one["precision"], one["edits"]) for one in result["results"]] == [("float16", 2), ("float32", 2)]
+    assert [(one["precision"], one["edits"]) for one in result["results"]] == [("float16", 2)] * 2
     layers = result["results"][0]["figures"]["layers"]
     assert layers["steered"]["median"] > layers["unsteered"]["median"]
     assert layers["noise_ratio"]["median"] == 1
     text = table(result)
-    assert "--engine tensorrt-rtx; 1 rounds" in text
+    assert "--engine tensorrt-rtx; medians and [quartiles] over 1 rounds" in text
     assert "| build time, s |" in text
