@@ -112,9 +112,10 @@ class BehaviourReport:
 
     def table(self) -> str:
         """Shares in percent, for a terminal."""
-        head = f"{'requests':9}{'system':12}{'runtime':17}{'refused':>9}{'answered':>10}{'degenerate':>12}{'n':>5}"
+        width = max(len(row.runtime) for row in self.rows) + 2
+        head = f"{'requests':9}{'system':12}{'runtime':{width}}{'refused':>9}{'answered':>10}{'degenerate':>12}{'n':>5}"
         lines = [
-            f"{row.requests:9}{row.system:12}{row.runtime:17}{row.refusals / row.count:>9.1%}"
+            f"{row.requests:9}{row.system:12}{row.runtime:{width}}{row.refusals / row.count:>9.1%}"
             f"{row.answers / row.count:>10.1%}{row.degenerate / row.count:>12.1%}{row.count:>5}"
             for row in self.rows
         ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,9 +68,9 @@ if TYPE_CHECKING:
 
 BYTES_BESIDE_WEIGHTS = 2_000_000
 """Graphs, tokenizer and reports of a small model's bundle; a 7B's are some megabytes more."""
-MEMORY_PER_PARAMETER = {"float32": 12, "float16": 6, "bfloat16": 10}
+MEMORY_PER_PARAMETER = {"float32": 12, "float16": 6, "bfloat16": 14}
 """Bytes held at once at the peak: the eager model, the traced program and a runtime session; in bfloat16 the model,
-its copy in float32 and a session of the float32 twin."""
+its copy in float32 and two sessions of the float32 twin."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def build(
     if earlier is not None and "verify" in reusable:
         return _up_to_date(target, earlier)
     check_output(target, overwrite=settings.overwrite)
-    _check_room(target, inputs.model, settings)
+    _check_space(target, _needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
         lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
         for requests in (inputs.harmful, inputs.benign, *inputs.evaluation.values()):
@@ -130,36 +129,18 @@ def build(
             copy_export(target, earlier, folder)
         else:
             export_components(lalm, folder, progress)
-        chosen = parity_requests(inputs.harmful, inputs.benign, count=settings.parity.prompts)
         patched = patch_model(read_graph(folder / UNSTEERED_DECODER), plan, force=settings.force)
         check_range(plan, patched.model, allow_overflow=settings.allow_overflow)
         write_graph(patched.model, folder / STEERED_DECODER)
         manifest = describe(lalm, plan, patched, inputs, folder)
         manifest.write(folder)
-        with executable(folder, lalm, plan) as given:
-            parity = dataclasses.replace(settings.parity, precision=given.precision)
-            run = ParityRun(given.lalm, given.plan, chosen, parity, progress)
-            exported = run.check_export(given.folder / UNSTEERED_DECODER)
-            with Bundle(given.folder) as bundle:
-                around = run.check_around_decoder(bundle)
-                report = given.labelled(run.check_steering(exported, given.folder / STEERED_DECODER, around))
-                behaviour = None
-                if inputs.evaluation:
-                    behaviour = measure_behaviour(
-                        given.lalm,
-                        bundle,
-                        given.plan,
-                        inputs.evaluation,
-                        settings.judge,
-                        max_new_tokens=settings.max_new_tokens,
-                        engine_name=given.engine_name,
-                        progress=progress,
-                    )
+        report, behaviour = prove(folder, lalm, plan, inputs, settings, progress)
         if earlier is not None and "engines" in reusable:
             engines = copy_engines(target, earlier, folder)
         else:
             engines = make_engines(folder, inputs, settings, progress)
         dataclasses.replace(manifest, engines=engines).write(folder)
+        chosen = parity_requests(inputs.harmful, inputs.benign, count=settings.parity.prompts)
         run = ParityRun(lalm, plan, chosen, settings.parity, progress)
         proven = [prove_engine(run, folder, entry) for entry in engines]
         manifest = finish(folder, manifest, report, proven, behaviour, settings)
@@ -189,7 +170,7 @@ def preview(model: str | Path, output: str | Path, settings: BuildSettings) -> B
         steps = [(stage, "up to date") for stage in inputs.stages]
     else:
         check_output(target, overwrite=settings.overwrite)
-        _check_room(target, inputs.model, settings)
+        _check_space(target, _needed_bytes(inputs.model, settings))
         steps = [(stage, "reused" if stage in reusable else "run") for stage in inputs.stages]
     memory = parameters * MEMORY_PER_PARAMETER[settings.dtype]
     return BuildPreview(tuple(steps), parameters, disk, memory)
@@ -251,6 +232,41 @@ def describe(
     )
 
 
+def prove(
+    folder: Path,
+    lalm: Lalm,
+    plan: SteeringPlan,
+    inputs: BuildInputs,
+    settings: BuildSettings,
+    progress: Progress | None,
+) -> tuple[ParityReport, BehaviourReport | None]:
+    """Parity of a bundle folder's graphs on the CPU and, when requests were held out, behaviour.
+
+    Raises `ParityError` when even the unsteered decoder disagrees with the eager model.
+    """
+    chosen = parity_requests(inputs.harmful, inputs.benign, count=settings.parity.prompts)
+    with executable(folder, lalm, plan, scratch=folder.parent) as given:
+        parity = dataclasses.replace(settings.parity, precision=given.precision)
+        run = ParityRun(given.lalm, given.plan, chosen, parity, progress)
+        exported = run.check_export(given.folder / UNSTEERED_DECODER)
+        with Bundle(given.folder) as bundle:
+            around = run.check_around_decoder(bundle)
+            report = given.labelled(run.check_steering(exported, given.folder / STEERED_DECODER, around))
+            behaviour = None
+            if inputs.evaluation:
+                behaviour = measure_behaviour(
+                    given.lalm,
+                    bundle,
+                    given.plan,
+                    inputs.evaluation,
+                    settings.judge,
+                    max_new_tokens=settings.max_new_tokens,
+                    engine_name=given.engine_name,
+                    progress=progress,
+                )
+    return report, behaviour
+
+
 def make_engines(
     folder: Path, inputs: BuildInputs, settings: BuildSettings, progress: Progress | None
 ) -> tuple[EngineEntry, ...]:
@@ -310,6 +326,12 @@ def _write_frontend(lalm: Lalm, folder: Path) -> None:
     lalm.processor.save_pretrained(folder)
 
 
+def _needed_bytes(model: Path, settings: BuildSettings) -> int:
+    """About how much room a build takes at its peak: the bundle and, in bfloat16, its float32 twin."""
+    twin = parameter_count(model) * BYTES_PER_PARAMETER["float32"] if settings.dtype == "bfloat16" else 0
+    return _disk_bytes(model, settings) + twin
+
+
 def _disk_bytes(model: Path, settings: BuildSettings) -> int:
     """About how large the bundle will be: the weights once for the graphs and once for every engine."""
     built = [row for row in settings.engine.backends if row.runtime is Runtime.TENSORRT]
@@ -317,19 +339,11 @@ def _disk_bytes(model: Path, settings: BuildSettings) -> int:
     return weights * (1 + len(built)) + BYTES_BESIDE_WEIGHTS
 
 
-def _check_room(target: Path, model: Path, settings: BuildSettings) -> None:
-    """Raise `InputError` when the bundle, or in bfloat16 its twin among the temporary files, does not fit."""
-    _check_space(target, _disk_bytes(model, settings), "the bundle")
-    if settings.dtype == "bfloat16":
-        twin = parameter_count(model) * BYTES_PER_PARAMETER["float32"]
-        _check_space(Path(tempfile.gettempdir()) / "twin", twin, "the float32 twin (set TMPDIR to move it)")
-
-
-def _check_space(target: Path, needed: int, what: str) -> None:
+def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(nearest_folder(target)).free
     if free < needed:
         raise InputError(
-            f"{target}: {what} needs about {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free there"
+            f"{target}: building the bundle needs about {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free there"
         )
 
 

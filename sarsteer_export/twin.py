@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 TWIN_PRECISION = "float32 twin of bfloat16"
 TWIN_NOTE = (
-    "bfloat16: compared through a float32 twin of the graphs; structure, wiring and constants are proven, bfloat16 "
-    "arithmetic is not"
+    "bfloat16: compared through a float32 twin of the graphs, with the rounded weights, attention scales and steering; "
+    "structure, wiring and constants are proven, bfloat16 arithmetic is not"
 )
 
 
@@ -78,13 +78,18 @@ class Executable:
 
 
 @contextmanager
-def executable(folder: Path, lalm: Lalm, plan: SteeringPlan) -> Iterator[Executable]:
-    """Within the block, a bundle folder that can be run on the CPU: `folder` itself or, in bfloat16, its twin."""
+def executable(
+    folder: Path, lalm: Lalm, plan: SteeringPlan, scratch: Path | None = None
+) -> Iterator[Executable]:
+    """Within the block, a bundle folder that can be run on the CPU: `folder` itself or, in bfloat16, its twin.
+
+    `scratch`: where the twin is written, by default the system's folder for temporary files.
+    """
     dtype = Manifest.read(folder).model["dtype"]
     if dtype != "bfloat16":
         yield Executable(folder, lalm, plan, plan.digest(), dtype)
         return
-    with float32_twin(folder) as twin:
+    with float32_twin(folder, scratch) as twin:
         rounded = rounded_plan(plan, dtype)
         yield Executable(twin, float32_model(lalm), rounded, plan.digest(), "float32", is_twin=True)
 
