@@ -10,7 +10,6 @@ from engines.backends import Backend, Runtime
 from engines.limits import limits_for
 from engines.opening import check_can_run
 from engines.profiles import derive_profiles
-from engines.report import ParityReport, Verdict
 from engines.sidecar import ENGINE_SUFFIX, EngineRecord, sidecar_of
 from engines.trt.build import build_engine, check_can_build
 from sarsteer_export.bundle.bundle import Bundle
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from calibration.states import Progress
+    from engines.report import ParityReport
     from engines.sidecar import Profile
     from engines.trt.build import EngineSource
     from sarsteer_export.parity_run import ParityRun
@@ -98,16 +98,17 @@ def prove_engine(
         blocks=run.settings.blocks and backend.runtime is Runtime.ONNX_RUNTIME,
     )
     again = dataclasses.replace(run, settings=settings, runtime=_runtime_of(folder, entry))
+    reason = None
     try:
         check_can_run(backend)
     except UnsupportedError as error:
-        report = again.not_executed(f"{entry.label}: {error}")
+        reason = str(error)
+        report = again.not_executed(reason)
     else:
         with Bundle(folder, engine=backend.name) as bundle:
             around = again.check_around_decoder(bundle)
         exported = again.check_export(folder / UNSTEERED_DECODER if unsteered is None else unsteered)
         report = again.check_steering(exported, folder / entry.components[DECODER], around)
-    reason = report.notes[0] if report.verdict is Verdict.NOT_EXECUTED else None
     return dataclasses.replace(entry, verdict=report.verdict.value, reason=reason), report
 
 

@@ -165,7 +165,7 @@ class ParityRun:
             components=(),
             cases=(),
             context=self._context(),
-            notes=(reason,),
+            notes=(f"not executed: {reason}",),
         )
 
     @property

@@ -235,7 +235,7 @@ def _facts(report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if report["cases"]:
         yield "Scripts", ", ".join(case["case"] for case in report["cases"])
     for note in report["notes"]:
-        what, _, finding = note.rpartition(": ")
+        what, _, finding = note.partition(": ")
         yield what.capitalize(), finding
     if versions:
         yield "Versions", ", ".join(f"{name} {number}" for name, number in versions.items())
