@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calibration.errors import SarsteerError, UnsupportedError
+from calibration.errors import ParityError, SarsteerError, UnsupportedError
 from engines.backends import BACKENDS, CPU_BACKEND, find_backend
 from engines.limits import LIMITS
 from engines.opening import check_can_run
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 POCKET = ROOT / "examples" / "pocket_lalm"
 PRECISIONS = ("float32", "float16", "bfloat16")
+PASSED, FAILED, UNSUPPORTED = "passed", "failed", "cannot be run here"
+"""Verdicts; that of parity is among them."""
 
 
 def runnable(names: Sequence[str]) -> list[Backend]:
@@ -60,8 +63,19 @@ def runnable(names: Sequence[str]) -> list[Backend]:
     return found
 
 
-def check(backend: Backend, precision: str, folder: Path, *, rounds: int, tokens: int) -> dict[str, Any]:
-    """Build the pocket LALM for one engine, prove it, and measure it. What fails is told, not raised."""
+def check(
+    backend: Backend,
+    precision: str,
+    folder: Path,
+    *,
+    compute_capabilities: tuple[str, ...] = (),
+    rounds: int,
+    tokens: int,
+) -> dict[str, Any]:
+    """Build the pocket LALM for one engine, prove it, and measure it. What fails is told, not raised.
+
+    `compute_capabilities`: what to build for, where the backend builds for several GPUs.
+    """
     bundle, data = folder / f"{backend.name}-{precision}", POCKET / "data"
     result: dict[str, Any] = {"engine": backend.name, "precision": precision}
     settings = BuildSettings(
@@ -69,7 +83,11 @@ def check(backend: Backend, precision: str, folder: Path, *, rounds: int, tokens
         benign=data / "train_benign.jsonl",
         calibration=CalibrationSettings(steering=SteeringSettings(alpha=0.39, rank=5)),
         dtype=precision,
-        engine=EngineSettings(engines=() if backend is CPU_BACKEND else (backend.name,), max_batch=8),
+        engine=EngineSettings(
+            engines=() if backend is CPU_BACKEND else (backend.name,),
+            max_batch=8,
+            compute_capabilities=compute_capabilities if backend.targets else (),
+        ),
     )
     try:
         build(POCKET / "model", bundle, settings)
@@ -86,13 +104,45 @@ def check(backend: Backend, precision: str, folder: Path, *, rounds: int, tokens
             tokens=tokens,
             prompts=4,
         )
-    except SarsteerError as error:
-        return result | {"verdict": "failed", "error": f"{type(error).__name__}: {error}"}
+    except UnsupportedError as error:  # libraries of a provider, say: they only show when a graph is opened
+        return result | {"verdict": UNSUPPORTED, "error": str(error)}
+    except Exception as error:  # whatever it is, the other engines are checked all the same
+        return result | {"verdict": FAILED, "error": f"{type(error).__name__}: {error}"}
     return result | measured
 
 
-def gpu_tests() -> str:
-    """The last line of the tests marked `gpu`."""
+def failures(found: dict[str, Any]) -> list[str]:
+    """What is wrong with what was run, a line each."""
+    lines = []
+    for result in found["results"]:
+        where = f"{result['engine']}, {result['precision']}"
+        if result["verdict"] not in (PASSED, UNSUPPORTED):
+            lines.append(f"{where}: {result['verdict']}")
+        for part in ("refit", "latency", "throughput"):
+            measured = result.get(part, {})
+            if "error" in measured or (part == "refit" and not measured.get("passed", True)):
+                lines.append(f"{where}: {part}")
+    ran = re.search(r"\b[1-9]\d* passed", found["tests"]["summary"])
+    if found["tests"]["exit_code"] or not (ran or is_dry(found)):
+        lines.append("pytest -m gpu")
+    return lines
+
+
+def is_dry(found: dict[str, Any]) -> bool:
+    """Whether nothing but the CPU was checked."""
+    return {result["engine"] for result in found["results"]} <= {CPU_BACKEND.name}
+
+
+def exit_code(found: dict[str, Any]) -> int:
+    """6 when something failed, 3 when no engine could be run after all, otherwise 0."""
+    if failures(found):
+        return ParityError.exit_code
+    passed = any(result["verdict"] == PASSED for result in found["results"])
+    return 0 if passed else UnsupportedError.exit_code
+
+
+def gpu_tests() -> dict[str, Any]:
+    """Exit code and last line of the tests marked `gpu`."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")],
         capture_output=True,
@@ -101,13 +151,13 @@ def gpu_tests() -> str:
         cwd=ROOT,
     )
     lines = [line for line in done.stdout.splitlines() if line.strip()]
-    return lines[-1] if lines else done.stderr.strip()
+    return {"exit_code": done.returncode, "summary": lines[-1] if lines else done.stderr.strip()}
 
 
 def page(found: dict[str, Any]) -> str:
     """The result as Markdown."""
-    dry = {result["engine"] for result in found["results"]} == {CPU_BACKEND.name}
-    lines = ["**A dry run on the CPU: it says nothing about a GPU.**", ""] if dry else []
+    lines = ["**A dry run on the CPU: it says nothing about a GPU.**", ""] if is_dry(found) else []
+    lines += [f"**Failed:** {'; '.join(failed)}", ""] if (failed := failures(found)) else []
     lines += [
         f"Command: `{found['command']}`",
         "",
@@ -115,7 +165,7 @@ def page(found: dict[str, Any]) -> str:
         found["doctor"],
         "```",
         "",
-        f"`pytest -m gpu`: {found['tests']}",
+        f"`pytest -m gpu`: {found['tests']['summary']}",
     ]
     for result in found["results"]:
         title = f"{result['engine']} {result.get('version', '')}".strip()
@@ -133,7 +183,7 @@ def page(found: dict[str, Any]) -> str:
 def _refit_lines(found: dict[str, Any]) -> list[str]:
     if "error" in found:
         return [f"Refit: {found['error']}"]
-    verdict = "passed" if found["passed"] else "FAILED"
+    verdict = PASSED if found["passed"] else FAILED
     return [
         f"Refit: {verdict}; refitted against rebuilt {found['difference']:.2g} (limit {found['limit']:.2g}), old "
         f"against new {found['told_apart']:.2g}; {found['seconds']:.2f} s instead of {found['rebuild_seconds']:.2f} s"
@@ -181,6 +231,12 @@ def _throughput_lines(found: Any) -> list[str]:
     help="Precision to check; by default all.",
 )
 @click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    help="What to build TensorRT-RTX engines for, where doctor says that the default does not serve this GPU.",
+)
+@click.option(
     "--rounds", type=click.IntRange(2), default=30, show_default=True, help="Paired latency rounds."
 )
 @click.option(
@@ -194,9 +250,10 @@ def _throughput_lines(found: Any) -> list[str]:
     show_default=True,
     help="Markdown to write; JSON lies beside it.",
 )
-def main(names: tuple[str, ...], precisions: tuple[str, ...], rounds: int, tokens: int, output: Path) -> None:
+def main(names: tuple[str, ...], precisions: tuple[str, ...], output: Path, **settings: Any) -> None:
     """Check every engine that runs on this machine.
 
+    Exit code 0: all that was run passed; 3: nothing could be run; 6: something failed, the Markdown says what.
     `--engine onnxruntime-cpu` is a dry run of this script: it says nothing about a GPU.
     """
     try:
@@ -204,6 +261,7 @@ def main(names: tuple[str, ...], precisions: tuple[str, ...], rounds: int, token
     except SarsteerError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
+    output.parent.mkdir(parents=True, exist_ok=True)
     quiet_transformers()
     results = []
     with tempfile.TemporaryDirectory(prefix="sarsteer-gpu-check-") as scratch:
@@ -211,7 +269,7 @@ def main(names: tuple[str, ...], precisions: tuple[str, ...], rounds: int, token
             for precision in precisions or PRECISIONS:
                 if (backend.name, precision) in LIMITS:
                     click.echo(f"{backend.name}, {precision}", err=True)
-                    results.append(check(backend, precision, Path(scratch), rounds=rounds, tokens=tokens))
+                    results.append(check(backend, precision, Path(scratch), **settings))
     found = {
         "command": f"python benchmarks/gpu_check.py {' '.join(sys.argv[1:])}".strip(),
         "cpu": cpu_name(),
@@ -223,7 +281,7 @@ def main(names: tuple[str, ...], precisions: tuple[str, ...], rounds: int, token
     output.write_text(page(found), encoding="utf-8")
     output.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     click.echo(page(found))
-    sys.exit(0 if all(result["verdict"] == "passed" for result in results) else 6)
+    sys.exit(exit_code(found))
 
 
 if __name__ == "__main__":

@@ -152,10 +152,8 @@ class EngineRecord:
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> EngineRecord:
         record: EngineRecord = _typed(cls, content, "sidecar")
-        for part, keys in (("graph", {"file": str}), ("engine", {"file": str, "bytes": int, "sha256": str})):
-            held = content[part]
-            for key, kind in keys.items():
-                _typed(kind, _entry(held, key, part), f"{part}.{key}")
+        for key, kind in (("file", str), ("bytes", int), ("sha256", str)):
+            _typed(kind, _entry(record.engine, key, "engine"), f"engine.{key}")
         return record
 
 
@@ -168,7 +166,7 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     """A value of JSON as `kind`, a type as the records here have. Raises `ValueError` when it is another."""
     if kind is Any:
         return value
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
         return kind(
             **{key: _typed(hint, _entry(value, key, where), f"{where}.{key}") for key, hint in hints.items()}

@@ -39,6 +39,8 @@ CONSUMERS = {
 }
 """What must compute with each constant of an edit in the parsed network; `docs/plan.md` defines the operations."""
 FLOATS = ("float32", "float16", "bfloat16")
+UNNAMED = "?"
+"""How `graph_passes.interface` shows a dimension without number and name."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,11 @@ class EngineSettings:
     def limits(self, longest: int | None = None) -> ProfileLimits:
         """What derived profiles admit; `longest`: the most positions the model knows."""
         default = ProfileLimits()
-        total = self.max_total or min(default.max_total, longest or default.max_total)
-        prompt = self.max_prompt or min(default.max_prompt, total)
+        total, prompt = self.max_total, self.max_prompt
+        if total is None:
+            total = min(default.max_total, longest or default.max_total)
+        if prompt is None:
+            prompt = min(default.max_prompt, max(total, 1))  # of a total of 0 it is the total that is wrong
         return ProfileLimits(max_batch=self.max_batch, max_prompt=prompt, max_total=total)
 
     def decoder_profiles(
@@ -174,7 +179,8 @@ def engine_source(graph: Path, content: ModelProto | None = None) -> EngineSourc
     """What there is to know of a graph before it is built: its interface, identity and steering constants.
 
     `content`: a graph to build in place of the file's own, sharing its external data. Raises `InputError` for a
-    file that is missing, damaged or lacks its external data.
+    file that is missing, damaged or lacks its external data, `UnsupportedError` for one that computes nothing in
+    floating point or reads what is no tensor.
     """
     model = read_graph(graph) if content is None else content
     inputs = tuple(_binding(port) for port in graph_inputs(model))
@@ -212,11 +218,17 @@ def target_name(backend: Backend, settings: EngineSettings) -> str:
 
 
 def _binding(port: Port) -> Binding:
+    """A port as sidecars have it; each dimension that the graph has no name for gets one of its own."""
     kind = TensorProto.DataType.Value(port.elem_type)
+    if kind == TensorProto.UNDEFINED:
+        raise UnsupportedError(
+            f"{port.name!r} of the graph is a sequence or an optional; engines take tensors"
+        )
     dtype = (
         "bfloat16" if kind == TensorProto.BFLOAT16 else str(np.dtype(helper.tensor_dtype_to_np_dtype(kind)))
     )
-    return fixed_dims(Binding(port.name, dtype, port.dims))
+    dims = (f"{port.name}[{axis}]" if dim == UNNAMED else dim for axis, dim in enumerate(port.dims))
+    return fixed_dims(Binding(port.name, dtype, tuple(dims)))
 
 
 def _required_constants(model: ModelProto) -> tuple[RequiredConstant, ...]:

@@ -20,7 +20,7 @@ from graph_passes.refit import plan_constants, refit_model
 from graph_passes.steering_in import edit_initializers
 from sarsteer_export.bundle.manifest import FORMAT, MANIFEST
 from sarsteer_export.patching import check_output_name, write_decoder
-from sarsteer_export.staging import staged_file
+from sarsteer_export.staging import check_output, staged_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,6 +85,13 @@ def refit_built_engine(
     source: Path, plan: SteeringPlan, target: Path, *, force: bool, overwrite: bool
 ) -> RefitResult:
     """Refit an engine; the result's sidecar lies beside it."""
+    if target.suffix != ENGINE_SUFFIX:
+        raise InputError(
+            f"{target}: ends in {target.suffix!r}; an engine's name ends in {ENGINE_SUFFIX}, so that its sidecar can "
+            "lie beside it"
+        )
+    check_outside_bundle(sidecar_of(target))
+    check_output(sidecar_of(target), overwrite=overwrite)
     record = EngineRecord.read(sidecar_of(source))
     constants = engine_constants(record, plan, force=force)
     from engines.trt.refit import refit_engine  # imports PyTorch, in whose memory engines live

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import gpu_check
-from calibration.errors import EngineError
+from calibration.errors import EngineError, UnsupportedError
 from calibration.plan import SteeringPlan
-from engines.backends import CPU_BACKEND
+from engines.backends import BACKENDS, CPU_BACKEND
 from engines.cuda_driver import cuda_driver
 from gpu_measure import AGAIN, STEERED, UNSTEERED, check_steered, of_bundle, other_plan, paired, script_of
 from sarsteer_export import load_bundle
@@ -55,12 +56,66 @@ def test_everything_it_measures_works(bundle_path: Path, inputs: Inputs) -> None
             "error": "ParityError: no",
         },
     ]
-    text = gpu_check.page({"command": "python x", "doctor": "D", "tests": "1 passed", "results": results})
+    tests = {"exit_code": 0, "summary": "1 passed"}
+    text = gpu_check.page({"command": "python x", "doctor": "D", "tests": tests, "results": results})
     assert text.startswith("**A dry run on the CPU: it says nothing about a GPU.**")
     assert "### onnxruntime-cpu 1, float32: passed" in text
+    assert "**Failed:** onnxruntime-cpu, float16: failed\n" in text
     assert "Refit: passed" in text
     assert "ParityError: no" in text
     json.dumps(found, allow_nan=False)
+
+
+PASSED = {"verdict": "passed", "refit": {"passed": True}, "latency": {}, "throughput": []}
+
+
+@pytest.mark.parametrize(
+    ("result", "tests", "expected"),
+    [
+        (PASSED, 0, 0),
+        (PASSED, 1, 6),
+        (PASSED | {"refit": {"passed": False}}, 0, 6),
+        (PASSED | {"refit": {"error": "no"}}, 0, 6),
+        (PASSED | {"latency": {"error": "no"}}, 0, 6),
+        (PASSED | {"throughput": {"error": "no"}}, 0, 6),
+        ({"verdict": "failed", "error": "no"}, 0, 6),
+        ({"verdict": "built, not executed"}, 0, 6),
+        ({"verdict": "cannot be run here", "error": "no"}, 0, 3),
+    ],
+)
+def test_only_what_passed_in_everything_ends_with_0(
+    result: dict[str, Any], tests: int, expected: int
+) -> None:
+    here = {"engine": "tensorrt", "precision": "float32"}
+    found = {"results": [here | result], "tests": {"exit_code": tests, "summary": "13 passed in 9 s"}}
+    assert gpu_check.exit_code(found) == expected
+    found["results"].append(here | PASSED)
+    assert gpu_check.exit_code(found) == (6 if expected == 6 else 0)
+
+
+def test_tests_that_were_all_skipped_prove_nothing() -> None:
+    skipped = {"exit_code": 0, "summary": "13 skipped in 3 s"}
+    on_gpu = [{"engine": "tensorrt", "precision": "float32"} | PASSED]
+    on_cpu = [{"engine": "onnxruntime-cpu", "precision": "float32"} | PASSED]
+    assert gpu_check.exit_code({"results": on_gpu, "tests": skipped}) == 6
+    assert gpu_check.exit_code({"results": on_cpu, "tests": skipped}) == 0
+    assert gpu_check.exit_code({"results": [], "tests": skipped}) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [(UnsupportedError("libcudnn is missing"), "cannot be run here"), (RuntimeError("no"), "failed")],
+)
+def test_an_engine_that_fails_does_not_stop_the_others(
+    error: Exception, verdict: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(gpu_check, "build", fail)
+    found = gpu_check.check(BACKENDS["onnxruntime-cuda"], "float32", tmp_path, rounds=2, tokens=2)
+    assert found["verdict"] == verdict
+    assert str(error) in found["error"]
 
 
 def test_ratios_are_taken_within_a_round() -> None:

@@ -178,7 +178,7 @@ class Refitter:
         for name, weights in self._given.items():
             tensor = self._engine.initializers[name]
             tensor.raw_data = ctypes.string_at(weights.address, len(tensor.raw_data))
-        self._engine._open()
+        self._engine.session = None
         return True
 
     def _refuse(self, why: str) -> bool:
@@ -192,7 +192,7 @@ class Engine:
     def __init__(self, header: dict[str, Any], model: onnx.ModelProto, logger: Any) -> None:
         self.model = model
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._open()
+        self.session: onnxruntime.InferenceSession | None = None
         self.header, self.logger = header, logger
         self.inputs = {value.name: value for value in model.graph.input}
         self.outputs = {value.name: value for value in model.graph.output}
@@ -211,13 +211,16 @@ class Engine:
             header.pop("refit", None)
         return b"".join([MAGIC, json.dumps(header).encode(), b"\n", self.model.SerializeToString()])
 
-    def _open(self) -> None:
-        """Open the graph as it is now."""
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(
-            self.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute with the graph as it is now. One in bfloat16 can be refitted, and not be run."""
+        if self.session is None:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            self.session = onnxruntime.InferenceSession(
+                self.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        names = list(self.outputs)
+        return dict(zip(names, self.session.run(names, dict(feeds)), strict=True))
 
     def get_tensor_name(self, index: int) -> str:
         return [*self.inputs, *self.outputs][index]
@@ -328,8 +331,7 @@ class Context:
             ctypes.memmove(addresses[name], content, len(content))
 
     def _compute(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        names = list(self.engine.outputs)
-        return dict(zip(names, self.engine.session.run(names, dict(feeds)), strict=True))
+        return self.engine._run(feeds)
 
     def _dtype(self, name: str) -> np.dtype[Any]:
         return helper.tensor_dtype_to_np_dtype(self.engine.inputs[name].type.tensor_type.elem_type)
