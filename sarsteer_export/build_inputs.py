@@ -137,6 +137,7 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     evaluated = [requests_digest(asked) for asked in evaluation.values()]
     stages = {"calibrate": _key(common, calibration), "export": _key(common, OPSET)}
     if settings.engine.engines:
+        settings.engine.limits(_longest(config))
         check_engines(settings.engine, settings.dtype, prompts=settings.parity.prompts)
         versions = [backend.version() for backend in settings.engine.backends]
         stages["engines"] = _key(

@@ -347,6 +347,7 @@ def test_a_dry_run_names_the_engines(inputs: Inputs, tmp_path: Path) -> None:
     ("options", "words", "code"),
     [
         (("--engine", "tensorrt"), ("pip install tensorrt",), 3),
+        ((*RTX, "--max-prompt", "999999"), ("--max-prompt", "--max-total"), 2),
         ((*RTX, "--max-batch", "1"), ("parity runs 2 prompts at once", "--max-batch"), 2),
         ((*RTX, "--compute-capability", "1.0"), ("1.0",), 3),
     ],
