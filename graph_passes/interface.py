@@ -41,7 +41,10 @@ def _ports(values: Iterable[ValueInfoProto]) -> tuple[Port, ...]:
         Port(
             value.name,
             TensorProto.DataType.Name(value.type.tensor_type.elem_type),
-            tuple(dim.dim_value or dim.dim_param or "?" for dim in value.type.tensor_type.shape.dim),
+            tuple(
+                dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
+                for dim in value.type.tensor_type.shape.dim
+            ),
         )
         for value in values
     )

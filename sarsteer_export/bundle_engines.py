@@ -101,14 +101,15 @@ def prove_engine(
     reason = None
     try:
         check_can_run(backend)
-    except UnsupportedError as error:
-        reason = str(error)
-        report = again.not_executed(reason)
-    else:
         with Bundle(folder, engine=backend.name) as bundle:
             around = again.check_around_decoder(bundle)
         exported = again.check_export(folder / UNSTEERED_DECODER if unsteered is None else unsteered)
         report = again.check_steering(exported, folder / entry.components[DECODER], around)
+    except (
+        UnsupportedError
+    ) as error:  # also what only shows when it is opened: libraries, another kind of GPU
+        reason = str(error)
+        report = again.not_executed(reason)
     return dataclasses.replace(entry, verdict=report.verdict.value, reason=reason), report
 
 

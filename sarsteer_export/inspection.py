@@ -138,7 +138,7 @@ def inspect_engine(path: Path) -> Inspection:
     except UnsupportedError as error:
         opened = f"not opened: {error}"
     lines = [
-        f"engine of {record.graph['file']}, {record.engine['bytes'] / 1e6:.1f} MB",
+        f"engine of {record.graph.get('file', 'a graph')}, {record.engine['bytes'] / 1e6:.1f} MB",
         f"backend     {record.backend} {record.backend_version}, {record.precision}",
         f"built for   compute capability {', '.join(record.compute_capabilities)}",
         f"built in    {record.build.seconds:g} s, {record.build.layers} layers, peak memory "

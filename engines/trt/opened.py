@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from calibration.errors import EngineError, InputError, UnsupportedError
+from calibration.errors import EngineError, InputError, SarsteerError, UnsupportedError
 from engines.cuda_driver import cuda_driver
 from engines.input_roles import fixed_dims
 from engines.opening import check_can_run
@@ -81,12 +81,7 @@ class OpenEngine:
             ):
                 engine = runtime.deserialize_cuda_engine(content)
             if engine is None:
-                here = (
-                    ", ".join(f"{gpu.name} {gpu.compute_capability}" for gpu in cuda_driver().gpus)
-                    or "no GPU"
-                )
-                serves = ", ".join(self.record.compute_capabilities) or "the GPU it was built on"
-                raise self._failure(f"cannot open {self._path} (it serves {serves}; here: {here})")
+                raise self._cannot_open()
             self._check_interface(engine)
         self._runtime, self._engine = runtime, engine
         return self
@@ -98,6 +93,15 @@ class OpenEngine:
         trace: TracebackType | None,
     ) -> None:
         self._close()
+
+    def _cannot_open(self) -> SarsteerError:
+        """Why TensorRT opens nothing: no GPU here is among those the engine serves, or what its log says."""
+        serves, gpus = self.record.compute_capabilities, cuda_driver().gpus
+        here = ", ".join(f"{gpu.name} {gpu.compute_capability}" for gpu in gpus) or "no GPU"
+        failure = self._failure(f"cannot open {self._path} (it serves {', '.join(serves)}; here: {here})")
+        if gpus and not any(gpu.compute_capability in serves for gpu in gpus):
+            return UnsupportedError(str(failure))
+        return failure
 
     def _close(self) -> None:
         """Let go of everything on the device, contexts before the engine and the engine before the runtime."""

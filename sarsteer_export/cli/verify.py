@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from calibration.errors import ParityError
+from calibration.errors import ParityError, UnsupportedError
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
 from sarsteer_export.cli.options import FILE, FOLDER, engine_option, overwrite_option, parity_options
 
@@ -62,6 +62,8 @@ def command(
         page = parity_page(content) if report.suffix == ".html" else json.dumps(content, indent=2) + "\n"
         with staged_file(report, overwrite=overwrite) as staged:
             staged.write_text(page, encoding="utf-8")
+    if found.verdict is Verdict.NOT_EXECUTED:
+        raise UnsupportedError(found.notes[0])
     emit(content, found.table(), as_json=as_json)
     if found.verdict is not Verdict.PASSED:
         raise ParityError("parity failed:\n  " + "\n  ".join(found.failures()))

@@ -318,3 +318,18 @@ def test_a_control_is_built_by_tensorrt_like_the_engine_that_is_shipped(
     assert control.steering == ()
     assert again.steering == like.steering
     assert (again.build.layers, again.engine["bytes"]) == (like.build.layers, size)
+
+
+def test_what_only_shows_when_an_engine_is_opened_is_not_executed_either(
+    builds: Built, run: ParityRun, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries of a provider that are missing, or a GPU that the engine was not built for."""
+    entry = with_engine(bundle_copy)
+
+    def refuse(*_: Any) -> None:
+        raise UnsupportedError("libcudnn is missing")
+
+    monkeypatch.setattr("sarsteer_export.bundle.bundle.open_graph", refuse)
+    proven, report = prove_engine(run, bundle_copy, entry)
+    assert (proven.verdict, proven.reason) == ("built, not executed", "libcudnn is missing")
+    assert report.verdict is Verdict.NOT_EXECUTED

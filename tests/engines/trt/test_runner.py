@@ -21,7 +21,7 @@ import torch
 
 from calibration.errors import EngineError, InputError, SarsteerError, UnsupportedError
 from engines.backends import BACKENDS, Backend, Runtime
-from engines.cuda_driver import cuda_driver
+from engines.cuda_driver import CudaDriver, Gpu, cuda_driver
 from engines.onnxruntime_runner import OnnxRuntimeDecoder
 from engines.sidecar import Binding, BuildFacts, EngineRecord, Profile, Refit, ShapeRange, sidecar_of
 from engines.torch_arrays import to_host
@@ -579,3 +579,20 @@ def test_tensors_without_elements_have_different_addresses() -> None:
     assert len({address(tensor) for tensor in tensors} - {0}) == 3
     full = allocate((2, 3), np.dtype(np.float32), "cpu")
     assert address(full) == full.data_ptr()
+
+
+@pytest.mark.usefixtures("can_run")
+@pytest.mark.parametrize(("here", "error"), [("9.0", UnsupportedError), ("8.9", EngineError)])
+def test_a_gpu_that_the_engine_does_not_serve_is_no_failure_of_the_engine(
+    here: str, error: type[SarsteerError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu("Test GPU", here, 1)
+    monkeypatch.setattr(opened, "cuda_driver", lambda: CudaDriver("13.0", (gpu,), None))
+    path = write_engine(tmp_path, decoder_graph(), HAND)
+    path.write_bytes(b"X" * path.stat().st_size)
+    with (
+        pytest.raises(SarsteerError, match=rf"it serves 8\.9; here: Test GPU {here}") as caught,
+        decoder_of(path),
+    ):
+        pass
+    assert type(caught.value) is error
