@@ -18,7 +18,7 @@ from graph_passes.checks import GraphDamagedError
 from graph_passes.graph_index import GraphIndex, describe
 from graph_passes.insertion import by_anchor, edit_names
 from graph_passes.lowering import MASK_PREFIX, Stream, lower
-from graph_passes.patch import FINGERPRINT_KEY, PLAN_KEY, metadata
+from graph_passes.patch import FINGERPRINT_KEY, metadata, name_plan
 from graph_passes.residual_stream import STEERED_PREFIX, UNSTEERED_PREFIX, find_residual_stream
 from graph_passes.steering_in import edit_initializers, edit_of
 
@@ -56,7 +56,7 @@ def refit_model(model: ModelProto, plan: SteeringPlan, *, force: bool = False) -
     """A copy of a steered graph with the constants of `plan`, and its hash; `model` is left as it is.
 
     Requires a graph that `patch` steered by a plan of the same edits. Ensures that nothing but the values of
-    the steering constants and the metadata entry `PLAN_KEY` differs. Raises `InputError` when the graph is
+    the steering constants and the metadata entries that name them differs. Raises `InputError` when the graph is
     not steered, or holds other edits than the plan, or the plan does not fit the model or, unless `force`,
     was made for another one.
     """
@@ -215,9 +215,7 @@ def _with_constants(model: ModelProto, constants: Mapping[str, NDArray[Any]], di
         for field in ("float_data", "int32_data", "double_data"):  # where others keep what insertion has raw
             tensor.ClearField(field)
         tensor.raw_data = numpy_helper.from_array(constants[name]).raw_data
-    entries = [entry for entry in refitted.metadata_props if entry.key == PLAN_KEY]
-    entry = entries[0] if entries else refitted.metadata_props.add()
-    entry.key, entry.value = PLAN_KEY, digest
+    name_plan(refitted, digest)
     return refitted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,15 @@ def edit_initializers(model: ModelProto) -> dict[str, TensorProto]:
                 "where `patch` puts it; patch the unsteered graph instead"
             )
     return found
+
+
+def constants_digest(model: ModelProto) -> str:
+    """Hex sha256 over name, type, shape and values of every constant of every edit, scalars included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(edit_initializers(model).items()):
+        values = numpy_helper.to_array(tensor)
+        digest.update(f"{name} {tensor.data_type} {list(tensor.dims)} ".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def steering_tensors(model: ModelProto) -> dict[str, NDArray[Any]]:

@@ -26,9 +26,11 @@ from calibration.requests import (
 )
 from engines.backends import CPU_BACKEND
 from engines.cuda_driver import cuda_driver
+from engines.sidecar import Binding
 from sarsteer_export.behaviour import Judge
 from sarsteer_export.bundle_engines import check_engines
 from sarsteer_export.engine_build import EngineSettings
+from sarsteer_export.exporting.contract import cache_input_names
 from sarsteer_export.exporting.export import OPSET
 from sarsteer_export.parity_run import ParitySettings
 from sarsteer_export.versions import installed_versions
@@ -137,8 +139,8 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     evaluated = [requests_digest(asked) for asked in evaluation.values()]
     stages = {"calibrate": _key(common, calibration), "export": _key(common, OPSET)}
     if settings.engine.engines:
-        settings.engine.limits(_longest(config))
-        check_engines(settings.engine, settings.dtype, prompts=settings.parity.prompts)
+        _check_profiles(settings, config)
+        check_engines(settings.engine, settings.dtype)
         versions = [backend.version() for backend in settings.engine.backends]
         stages["engines"] = _key(
             stages,
@@ -156,6 +158,43 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         settings.keep_unsteered,
     )
     return BuildInputs(model, identity, _longest(config), harmful, benign, evaluation, stages)
+
+
+def _check_profiles(settings: BuildSettings, config: dict[str, Any]) -> None:
+    """Refuse shapes that contradict each other, the decoder's interface or parity, before anything is run.
+
+    Where the configuration does not say all sizes, what is left is found when the engine is built.
+    """
+    engine, longest = settings.engine, _longest(config)
+    engine.limits(longest)
+    inputs = _decoder_inputs(config)
+    rows = engine.max_batch
+    if inputs is not None:
+        profiles = engine.decoder_profiles(inputs, longest)
+        rows = max(profile.shapes["inputs_embeds"].max[0] for profile in profiles)
+    if settings.parity.prompts > rows:
+        raise InputError(
+            f"parity runs {settings.parity.prompts} prompts at once, the engine admits {rows}; raise --max-batch (or "
+            "the largest shapes) or lower --prompts"
+        )
+
+
+def _decoder_inputs(config: dict[str, Any]) -> tuple[Binding, ...] | None:
+    """The interface that the exported decoder will have; None where the configuration does not say."""
+    text = config.get("text_config")
+    sizes = text if isinstance(text, dict) else {}
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    known = [sizes.get(name) for name in names]
+    if not all(isinstance(size, int) and size > 0 for size in known):
+        return None
+    width, layers, heads, kv_heads = (int(size) for size in known if size is not None)
+    head = sizes.get("head_dim") or width // heads
+    return (
+        Binding("inputs_embeds", "float32", ("batch", "sequence", width)),
+        Binding("attention_mask", "int64", ("batch", "total")),
+        Binding("position_ids", "int64", ("batch", "sequence")),
+        *(Binding(name, "float32", ("batch", kv_heads, "past", head)) for name in cache_input_names(layers)),
+    )
 
 
 def _longest(config: dict[str, Any]) -> int | None:

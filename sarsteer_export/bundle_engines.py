@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from calibration.errors import InputError, UnsupportedError
+from calibration.errors import UnsupportedError
 from engines.backends import Backend, Runtime
 from engines.limits import limits_for
 from engines.opening import check_can_run
@@ -33,19 +33,14 @@ if TYPE_CHECKING:
     from sarsteer_export.parity_run import ParityRun
 
 
-def check_engines(settings: EngineSettings, precision: str, *, prompts: int) -> None:
-    """Raise `UnsupportedError` or `InputError` for engines that cannot be built here or could not be proven."""
+def check_engines(settings: EngineSettings, precision: str) -> None:
+    """Raise `UnsupportedError` for engines that cannot be built here or could not be proven."""
     for backend in settings.backends:
         limits_for(backend.name, precision)
         if backend.runtime is Runtime.TENSORRT:
             check_can_build(backend, settings.compute_capabilities)
         else:
             backend.load()
-    if settings.engines and prompts > settings.max_batch:
-        raise InputError(
-            f"parity runs {prompts} prompts at once, the engine admits {settings.max_batch}; raise --max-batch or "
-            "lower --prompts"
-        )
 
 
 def add_engine(

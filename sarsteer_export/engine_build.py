@@ -19,7 +19,7 @@ from engines.trt.build import EngineSource, build_engine, check_can_build
 from engines.trt.network import RequiredConstant
 from graph_passes.interface import Port, graph_inputs, graph_outputs
 from graph_passes.onnx_file import external_files, read_graph
-from graph_passes.patch import FINGERPRINT_KEY, PLAN_KEY, metadata
+from graph_passes.patch import FINGERPRINT_KEY, PLAN_KEY, check_steering_whole, metadata
 from graph_passes.steering_in import edit_initializers
 from sarsteer_export.bundle.manifest import file_sha256
 from sarsteer_export.staging import check_output, nearest_folder, staged_file
@@ -68,8 +68,17 @@ class EngineSettings:
         for name in self.engines:
             find_backend(name)
         self.limits()
-        if twice := [name for name in self.engines if self.engines.count(name) > 1]:
-            raise InputError(f"--engine {twice[0]} is given twice")
+        for option, values in (
+            ("--engine", self.engines),
+            ("--compute-capability", self.compute_capabilities),
+        ):
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise InputError(f"{option} {twice[0]} is given twice")
+        shapes = (*self.min_shapes, *self.opt_shapes, *self.max_shapes, *self.profiles)
+        if not self.engines and (shapes or self.compute_capabilities):
+            raise InputError(
+                "shapes, profiles and compute capabilities are an engine's; name one with --engine"
+            )
 
     @property
     def backends(self) -> tuple[Backend, ...]:
@@ -179,10 +188,11 @@ def engine_source(graph: Path, content: ModelProto | None = None) -> EngineSourc
     """What there is to know of a graph before it is built: its interface, identity and steering constants.
 
     `content`: a graph to build in place of the file's own, sharing its external data. Raises `InputError` for a
-    file that is missing, damaged or lacks its external data, `UnsupportedError` for one that computes nothing in
-    floating point or reads what is no tensor.
+    file that is missing, damaged, or lacks its external data or some of its steering, `UnsupportedError` for one
+    that computes nothing in floating point or reads what is no tensor.
     """
     model = read_graph(graph) if content is None else content
+    check_steering_whole(model)
     inputs = tuple(_binding(port) for port in graph_inputs(model))
     outputs = tuple(_binding(port) for port in graph_outputs(model))
     precision = next((port.dtype for port in (*outputs, *inputs) if port.dtype in FLOATS), None)

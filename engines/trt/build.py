@@ -93,6 +93,9 @@ def build_engine(
         targets = _set_targets(trt, backend, config, compute_capabilities)
         _add_profiles(network, config, profiles)
         serialized = _build(trt, network, config, _Monitor(stage, progress))
+        if serialized is None and refit.constants:
+            refit = _forbid_refit(trt, network, config, refit)
+            serialized = _build(trt, network, config, _Monitor(stage, progress))
         if serialized is None:
             raise EngineError(_failure(backend, source.graph, log.errors))
         digest = hashlib.sha256(serialized)
@@ -142,6 +145,16 @@ def _allow_refit(trt: Any, network: Network, config: Any, constants: Sequence[Re
                 + "; ".join(log_of(network.backend).errors)
             )
     return Refit(names, None)
+
+
+def _forbid_refit(trt: Any, network: Network, config: Any, refit: Refit) -> Refit:
+    """Go on without: an engine that cannot be refitted is worth more than none."""
+    told = next(iter(log_of(network.backend).errors), "it does not say why")
+    config.clear_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+    for name in refit.constants:
+        network.definition.unmark_weights_refittable(name)
+    log_of(network.backend).start()
+    return Refit((), f"{network.backend.name} could not build it refittable: {told}")
 
 
 def _set_targets(

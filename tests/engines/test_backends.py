@@ -81,3 +81,8 @@ def test_a_library_that_breaks_while_it_is_imported_is_said(plant: Plant, kind: 
         UnsupportedError, match=r"libnvinfer\.so\.11 is not here.*pip install planted-package"
     ):
         backend.load()
+
+
+def test_float32_means_float32_on_cuda() -> None:
+    """The provider's default is TF32, with a mantissa of 10 bits."""
+    assert ("use_tf32", "0") in BACKENDS["onnxruntime-cuda"].provider_options

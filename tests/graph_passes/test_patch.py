@@ -22,8 +22,17 @@ from calibration.lalm import position_ids
 from calibration.plan import Add, Edit, Positions, Project, Site, SteeringPlan
 from calibration.steered import steered
 from graph_passes.onnx_file import read_graph, write_graph
-from graph_passes.patch import FINGERPRINT_KEY, PLAN_KEY, LastFrom, PatchResult, metadata, patch_model
+from graph_passes.patch import (
+    CONSTANTS_KEY,
+    FINGERPRINT_KEY,
+    PLAN_KEY,
+    LastFrom,
+    PatchResult,
+    metadata,
+    patch_model,
+)
 from graph_passes.residual_stream import STEERED_PREFIX, UNSTEERED_PREFIX
+from graph_passes.steering_in import constants_digest
 from tests import tiny_lalm
 from tests.conftest import SITES, one_edit, padded, plan_of, random_basis, random_vector
 from tests.decoders import (
@@ -238,7 +247,8 @@ def test_only_the_graph_between_the_steered_tensors_changes(exported_decoder: Ti
     assert {tensor.name for tensor in added} >= {name for edit in result.edits for name in edit.constants}
     types = list(after.graph.value_info)
     assert types[: len(before.graph.value_info)] == list(before.graph.value_info)
-    assert metadata(after) == metadata(before) | {PLAN_KEY: plan.digest()}
+    named = {PLAN_KEY: plan.digest(), CONSTANTS_KEY: constants_digest(after)}
+    assert metadata(after) == metadata(before) | named
     kept = [node for node in after.graph.node if not node.name.startswith("sarsteer.")]
     anchors = {edit.anchor for edit in result.edits}
     for old, new in zip(before.graph.node, kept, strict=True):

@@ -18,8 +18,9 @@ from calibration.errors import InputError
 from calibration.lalm import position_ids
 from calibration.plan import Add, Edit, Positions, Site, SteeringPlan
 from graph_passes.checks import GraphDamagedError
-from graph_passes.patch import FINGERPRINT_KEY, PLAN_KEY, LastFrom, metadata, patch_model
+from graph_passes.patch import CONSTANTS_KEY, FINGERPRINT_KEY, PLAN_KEY, LastFrom, metadata, patch_model
 from graph_passes.refit import plan_constants, refit_model
+from graph_passes.steering_in import constants_digest
 from tests import tiny_lalm
 from tests.conftest import SITES, one_edit, padded, plan_of, random_basis, random_vector
 from tests.decoders import (
@@ -218,14 +219,17 @@ def test_nothing_but_the_constants_and_the_plans_hash_changes(exported_decoder: 
         if field.name not in ("graph", "metadata_props"):
             assert getattr(after, field.name) == getattr(before, field.name), field.name
     assert [e.key for e in after.metadata_props] == [e.key for e in before.metadata_props]
-    assert metadata(after) == metadata(before) | {PLAN_KEY: new.digest()}
+    named = {PLAN_KEY: new.digest(), CONSTANTS_KEY: constants_digest(after)}
+    assert metadata(after) == metadata(before) | named
     assert metadata(before)[PLAN_KEY] == old.digest() != new.digest()
 
 
 def test_a_graph_that_lost_its_plans_hash_gets_the_new_one(steered_proto: onnx.ModelProto) -> None:
     del steered_proto.metadata_props[:]
     new = refreshed_plan(hand_plan(ADD, PROJECT))
-    assert metadata(refit_model(steered_proto, new)) == {PLAN_KEY: new.digest()}
+    refitted = refit_model(steered_proto, new)
+    named = {PLAN_KEY: new.digest(), CONSTANTS_KEY: constants_digest(refitted)}
+    assert metadata(refitted) == named
 
 
 def test_constants_that_another_tool_stored_as_numbers_are_replaced(

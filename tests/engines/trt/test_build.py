@@ -16,6 +16,7 @@ import pytest
 from calibration.errors import EngineError, InputError, UnsupportedError
 from calibration.lalm import load_lalm
 from engines.backends import BACKENDS
+from engines.cuda_driver import CudaDriver, Gpu, cuda_driver
 from engines.profiles import ProfileLimits, derive_profiles
 from engines.sidecar import EngineRecord, Profile, ShapeRange, sidecar_of
 from engines.trt.build import EngineSource, build_engine
@@ -114,6 +115,38 @@ def test_an_engine_without_a_gpu_is_not_refittable_and_says_why(
     record = build(decoders("float32", "steered"), tmp_path)
     assert record.refit.constants == ()
     assert "no driver in this test" in str(record.refit.reason)
+
+
+def test_float32_is_computed_in_float32_and_types_are_the_graphs(
+    decoders: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 is on by default; a network that is not strongly typed may compute in other types than its graph's."""
+    trt: Any = RTX.load()
+    seen: list[bool] = []
+
+    def look(_trt: Any, network: Any, config: Any, _monitor: Any) -> None:
+        seen.append(config.get_flag(trt.BuilderFlag.TF32))
+        seen.append(network.definition.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+
+    monkeypatch.setattr("engines.trt.build._build", look)
+    with pytest.raises(EngineError, match="cannot build an engine of"):
+        build(decoders("float32", "unsteered"), tmp_path)
+    assert seen == [False, True]
+
+
+def test_a_build_that_fails_as_refittable_succeeds_without(
+    decoders: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU said to be here, the builder is asked for refit, and without a driver it really fails."""
+    if cuda_driver().problem is None:
+        pytest.skip("there is a GPU here")
+    gpu = CudaDriver("13.0", (Gpu("Test GPU", "8.9", 1),), None)
+    monkeypatch.setattr("engines.trt.build.cuda_driver", lambda: gpu)
+    record = build(decoders("float32", "steered"), tmp_path)
+    assert record.engine["bytes"] == (tmp_path / "decoder.engine").stat().st_size
+    assert record.refit.constants == ()
+    assert "could not build it refittable: " in str(record.refit.reason)
+    assert "Myelin" in str(record.refit.reason)
 
 
 def test_one_profile_many_and_none(decoders: Callable[[str, str], Path], tmp_path: Path) -> None:
@@ -251,8 +284,6 @@ def test_the_sidecar_is_strict_json(decoders: Callable[[str, str], Path], tmp_pa
 
 
 def _no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    from engines.cuda_driver import CudaDriver
-
     monkeypatch.setattr(
         "engines.trt.build.cuda_driver", lambda: CudaDriver(None, (), "no driver in this test")
     )

@@ -137,6 +137,7 @@ def test_a_config_may_name_several_engines(steered: Path, tmp_path: Path) -> Non
         ((), ("no engine is asked for", "--engine"), 2),
         (("--engine", "tensorrt"), ("tensorrt", "pip install tensorrt"), 3),
         ((*RTX, *RTX), ("--engine tensorrt-rtx is given twice",), 2),
+        ((*RTX, *["--compute-capability", "8.9"] * 2), ("--compute-capability 8.9 is given twice",), 2),
         ((*RTX, "--max-batch", "0"), ("--max-batch",), 2),
         ((*RTX, "--max-prompt", "9", "--max-total", "8"), ("--max-prompt", "--max-total"), 2),
         ((*RTX, "--compute-capability", "9.0"), ("9.0", "8.9"), 3),
@@ -201,9 +202,52 @@ def steering_cut_off(graph: Path) -> None:
     graph.write_bytes(model.SerializeToString())
 
 
+def _changed(graph: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    model = onnx.load(graph, load_external_data=False)
+    change(model)
+    graph.write_bytes(model.SerializeToString())
+
+
+def one_edit_removed(graph: Path) -> None:
+    """As `steering_cut_off`, and what is left of the edit is swept away."""
+    steering_cut_off(graph)
+
+    def sweep(model: onnx.ModelProto) -> None:
+        for kind in (model.graph.node, model.graph.initializer):
+            kept = [item for item in kind if not item.name.startswith("sarsteer.1.")]
+            del kind[:]
+            kind.extend(kept)
+
+    _changed(graph, sweep)
+
+
+def constants_renamed(graph: Path) -> None:
+    """As simplifiers do."""
+
+    def rename(model: onnx.ModelProto) -> None:
+        for tensor in model.graph.initializer:
+            if tensor.name.endswith(".vector"):
+                old, tensor.name = tensor.name, f"const_{tensor.name[9]}"
+                for node in model.graph.node:
+                    node.input[:] = [tensor.name if name == old else name for name in node.input]
+
+    _changed(graph, rename)
+
+
+def a_vector_of_zeros(graph: Path) -> None:
+    def zero(model: onnx.ModelProto) -> None:
+        tensor = next(each for each in model.graph.initializer if each.name.endswith(".vector"))
+        tensor.raw_data = bytes(len(tensor.raw_data))
+
+    _changed(graph, zero)
+
+
 @pytest.mark.parametrize(
     ("damage", "words", "code"),
     [
+        (one_edit_removed, ("steering constants are not those that were patched in", "patch the"), 2),
+        (constants_renamed, ("steering constants are not those that were patched in",), 2),
+        (a_vector_of_zeros, ("steering constants are not those that were patched in",), 2),
         (missing, ("no such file",), 2),
         (truncated, ("not a readable ONNX model",), 2),
         (without_data, ("external data", "is missing beside it"), 2),
@@ -348,6 +392,10 @@ def test_a_dry_run_names_the_engines(inputs: Inputs, tmp_path: Path) -> None:
     [
         (("--engine", "tensorrt"), ("pip install tensorrt",), 3),
         ((*RTX, "--max-prompt", "999999"), ("--max-prompt", "--max-total"), 2),
+        ((*RTX, "--max-shapes", "inputs_embeds:2x8"), ("inputs_embeds",), 2),
+        ((*RTX, "--max-shapes", "inputs_embeds:2x8x65"), ("65", "64"), 2),
+        ((*RTX, "--max-shapes", "inputs_embeds:1x8x64"), ("parity runs 2 prompts", "admits 1"), 2),
+        (("--max-shapes", "inputs_embeds:2x8x64"), ("--engine",), 2),
         ((*RTX, "--max-batch", "1"), ("parity runs 2 prompts at once", "--max-batch"), 2),
         ((*RTX, "--compute-capability", "1.0"), ("1.0",), 3),
     ],
