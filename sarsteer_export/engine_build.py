@@ -74,11 +74,6 @@ class EngineSettings:
         ):
             if twice := [value for value in values if values.count(value) > 1]:
                 raise InputError(f"{option} {twice[0]} is given twice")
-        shapes = (*self.min_shapes, *self.opt_shapes, *self.max_shapes, *self.profiles)
-        if not self.engines and (shapes or self.compute_capabilities):
-            raise InputError(
-                "shapes, profiles and compute capabilities are an engine's; name one with --engine"
-            )
 
     @property
     def backends(self) -> tuple[Backend, ...]:

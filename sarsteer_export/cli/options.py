@@ -124,6 +124,9 @@ def engine_settings(given: dict[str, Any]) -> EngineSettings:
     repeated = ("engines", "min_shapes", "opt_shapes", "max_shapes", "profiles", "compute_capabilities")
     values: dict[str, Any] = {name: tuple(given.pop(name)) for name in repeated}
     values |= {name: given.pop(name) for name in ("max_batch", "max_prompt", "max_total")}
+    needless = [name for name in repeated[1:] if values[name]]
+    if needless and not values["engines"]:
+        raise InputError("shapes, profiles and compute capabilities are an engine's; name one with --engine")
     return EngineSettings(**values)
 
 
