@@ -29,8 +29,8 @@ def command(decoder: Path, output: Path, overwrite: bool, as_json: bool, **given
 
     \b
     Examples:
-      sarsteer-export build-engine onnx/steered.onnx --engine tensorrt-rtx -o engines/
-      sarsteer-export build-engine onnx/steered.onnx --engine tensorrt-rtx -o engines/ \\
+      sarsteer-export build-engine onnx/steered.onnx --engine tensorrt-rtx -o build/engines
+      sarsteer-export build-engine onnx/steered.onnx --engine tensorrt-rtx -o build/engines \\
         --profile prefill --min-shapes inputs_embeds:1x1x4096 --opt-shapes inputs_embeds:1x256x4096 \\
         --max-shapes inputs_embeds:4x1024x4096
     """

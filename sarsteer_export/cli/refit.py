@@ -32,7 +32,7 @@ def command(
     \b
     Examples:
       sarsteer-export refit onnx/steered.onnx --plan stronger.safetensors
-      sarsteer-export refit engines/…/decoder.engine --plan stronger.safetensors -o stronger/decoder.engine
+      sarsteer-export refit build/engines/decoder.engine --plan stronger.safetensors -o build/stronger.engine
       sarsteer-export refit bundle/onnx/decoder_model_merged.onnx --plan new.safetensors -o new/steered.onnx
     """
     from sarsteer_export.refitting import refit
