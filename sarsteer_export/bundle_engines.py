@@ -100,9 +100,8 @@ def prove_engine(
             around = again.check_around_decoder(bundle)
         exported = again.check_export(folder / UNSTEERED_DECODER if unsteered is None else unsteered)
         report = again.check_steering(exported, folder / entry.components[DECODER], around)
-    except (
-        UnsupportedError
-    ) as error:  # also what only shows when it is opened: libraries, another kind of GPU
+    except UnsupportedError as error:
+        # Also what only shows when it is opened: missing libraries, another kind of GPU.
         reason = str(error)
         report = again.not_executed(reason)
     return dataclasses.replace(entry, verdict=report.verdict.value, reason=reason), report
