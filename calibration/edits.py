@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import numpy as np
 
 from calibration.errors import InputError
+from calibration.positions import Positions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,13 +30,6 @@ class Site(str, Enum):
     BLOCK_INPUT = "block_input"
     BLOCK_OUTPUT = "block_output"
     FINAL_NORM_OUTPUT = "final_norm_output"
-
-
-class Positions(str, Enum):
-    """At which positions of a forward pass an edit acts: the last attended one of each row, or all."""
-
-    LAST = "last"
-    ALL = "all"
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from calibration.edits import OPERATIONS, Add, Edit, Positions, Project, Site, check_strength, edit_header
+from calibration.edits import OPERATIONS, Add, Edit, Project, Site, check_strength, edit_header
 from calibration.errors import InputError
+from calibration.positions import PositionKind, Positions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +37,7 @@ __all__ = [
     "OPERATIONS",
     "Add",
     "Edit",
+    "PositionKind",
     "Positions",
     "Project",
     "Site",
@@ -238,7 +240,7 @@ def _decode_edit(where: str, entry: object, remaining: dict[str, NDArray[Any]]) 
         "layer": _integer(f"{where}.layer", entry["layer"]),
         "strength": float(entry["strength"]),
         "site": _member(f"{where}.site", Site, entry["site"]),
-        "positions": _member(f"{where}.positions", Positions, entry["positions"]),
+        "positions": Positions.parse(entry["positions"], f"{where}.positions"),
     }
     if operation is Add:
         return Add(vector=take("vector", required=True), **placement)  # type: ignore[arg-type]

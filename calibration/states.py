@@ -15,6 +15,7 @@ import torch
 from calibration.errors import InputError
 from calibration.lalm import DecoderParts, Lalm, audio_token_count, encode_requests
 from calibration.requests import SpokenRequest, load_audio
+from calibration.token_positions import last_attended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,18 +42,6 @@ class CalibrationStates:
     harmful_NLD: NDArray[np.float32]
     refused_NLD: NDArray[np.float32]
     benign_NLD: NDArray[np.float32]
-
-
-def last_attended(attention_mask_BT: torch.Tensor, sequence: int) -> torch.Tensor:
-    """Mark the last attended position of this forward pass in each row: bool (B, S).
-
-    The mask covers past and present; its last `sequence` columns are this pass. A row that attends to
-    nothing here is marked nowhere.
-    """
-    window_BS = attention_mask_BT[:, -sequence:].bool()
-    positions_S = torch.arange(sequence, device=window_BS.device)
-    attended_BS = torch.where(window_BS, positions_S, -1)
-    return attended_BS == attended_BS.amax(dim=1, keepdim=True).clamp(min=0)
 
 
 def hidden_of(output: Any) -> torch.Tensor:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calibration.errors import UnsupportedError
+from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import DecoderParts, find_decoder
 from calibration.plan import Add, Edit, Positions, Site, SteeringPlan, check_plan_fits
-from calibration.states import hidden_of, last_attended
+from calibration.states import hidden_of
+from calibration.token_positions import selected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,20 +24,35 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def steered(model: torch.nn.Module, plan: SteeringPlan) -> Iterator[None]:
+def steered(
+    model: torch.nn.Module,
+    plan: SteeringPlan,
+    *,
+    strength: torch.Tensor | None = None,
+    prompt_lengths: torch.Tensor | None = None,
+) -> Iterator[None]:
     """Within the block, every forward pass of `model` is steered by `plan`; afterwards it is as before.
 
-    Acts in prefill and in every decode step, `generate` included. Raises `InputError` when the plan is for
-    a decoder of another width or depth.
+    Acts in prefill and in every decode step, `generate` included. `strength`: factors of the plan's strengths,
+    per row (B,) or per row and edit (B, E); a row whose factor is 0 is left as it is. `prompt_lengths`: attended
+    prompt tokens per row (B,); by default a pass without past is the whole prompt. Raises `InputError` when the
+    plan is for a decoder of another width or depth.
     """
     parts = find_decoder(model)
     check_plan_fits(plan, hidden_size=parts.hidden_size, num_layers=len(parts.blocks))
-    window = _Window()
+    if strength is not None and (
+        strength.ndim not in (1, 2) or strength.shape[1:] not in ((), (len(plan.edits),))
+    ):
+        raise InputError(
+            f"strength has shape {tuple(strength.shape)}; expected (batch,) or (batch, {len(plan.edits)})"
+        )
+    window = _Window(prompt_lengths)
+    lowered = [_Lowered(edit, _factor(strength, number)) for number, edit in enumerate(plan.edits)]
     with ExitStack() as hooks:
         handle: Any = parts.decoder.register_forward_pre_hook(window.read, with_kwargs=True)
         hooks.callback(handle.remove)
-        for module, site, edits in _by_module(parts, plan):
-            steer = partial(_apply, edits=[_Lowered(edit) for edit in edits], window=window)
+        for module, site, edits in _by_module(parts, lowered):
+            steer = partial(_apply, edits=edits, window=window)
             if site is Site.BLOCK_INPUT:
                 handle = module.register_forward_pre_hook(partial(_steer_input, steer), with_kwargs=True)
             else:
@@ -45,12 +61,25 @@ def steered(model: torch.nn.Module, plan: SteeringPlan) -> Iterator[None]:
         yield
 
 
-class _Window:
-    """The attention mask of the forward pass under way, and which of its positions are the last attended."""
+def _factor(strength: torch.Tensor | None, number: int) -> torch.Tensor | None:
+    """The factor of one edit per row, float32 (B, 1, 1)."""
+    if strength is None:
+        return None
+    return (strength if strength.ndim == 1 else strength[:, number]).float()[:, None, None]
 
-    def __init__(self) -> None:
+
+class _Window:
+    """The attention mask of the forward pass under way, and which of its positions are selected.
+
+    Prompt lengths are those given or, without any, the tokens of the latest pass without past.
+    """
+
+    def __init__(self, prompt_lengths: torch.Tensor | None) -> None:
+        self._given_B = prompt_lengths
+        self._latest_B: torch.Tensor | None = None
         self._mask_BT: torch.Tensor | None = None
-        self._last_BS: torch.Tensor | None = None
+        self._past = 0
+        self._selected: dict[Positions, torch.Tensor] = {}
 
     def read(self, _decoder: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
@@ -59,32 +88,57 @@ class _Window:
                 "steering needs the decoder's 2-D attention mask [batch, past + sequence] to find the last "
                 f"position of each row; got {getattr(mask, 'shape', type(mask).__name__)}"
             )
-        self._mask_BT, self._last_BS = mask, None
+        cache = kwargs.get("past_key_values")
+        self._past = 0 if cache is None else int(cache.get_seq_length())
+        self._mask_BT, self._selected = mask, {}
 
-    def last(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        if self._last_BS is None:
+    def selected(self, positions: Positions, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        """The positions of this pass that an edit acts at, bool (B, S)."""
+        if positions not in self._selected:
             batch, sequence = hidden_BSD.shape[:2]
             mask_BT = self._mask_BT
             if mask_BT is None:
-                mask_BT = torch.ones(batch, sequence, dtype=torch.long, device=hidden_BSD.device)
-            self._last_BS = last_attended(mask_BT, sequence)
-        return self._last_BS.to(hidden_BSD.device)
+                total = self._past + sequence
+                mask_BT = torch.ones(batch, total, dtype=torch.long, device=hidden_BSD.device)
+            lengths = partial(self._prompt_lengths, mask_BT, sequence)
+            self._selected[positions] = selected(positions, mask_BT, sequence, lengths)
+        return self._selected[positions].to(hidden_BSD.device)
+
+    def _prompt_lengths(self, mask_BT: torch.Tensor, sequence: int) -> torch.Tensor:
+        if self._given_B is not None:
+            return self._given_B.to(mask_BT.device)
+        if mask_BT.shape[1] == sequence:
+            self._latest_B = mask_BT.long().sum(dim=1)
+        if self._latest_B is None or len(self._latest_B) != len(mask_BT):
+            raise UnsupportedError(
+                "this pass continues a cache whose prompt was not seen while steering; give prompt_lengths"
+            )
+        return self._latest_B
 
 
 class _Lowered:
-    """One edit as tensors, moved to the stream's device once."""
+    """One edit as tensors, moved to the stream's device once; `factor`: of its strength, float32 (B, 1, 1)."""
 
-    def __init__(self, edit: Edit) -> None:
+    def __init__(self, edit: Edit, factor: torch.Tensor | None) -> None:
         self.edit = edit
+        self._factor_B11 = factor
         self._tensors = {name: torch.from_numpy(tensor.copy()) for name, tensor in edit.tensors().items()}
 
-    def steer(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        """The edit at every position of the stream, whatever `positions` says."""
+    def steer(self, hidden_BSD: torch.Tensor, selected_BS: torch.Tensor) -> torch.Tensor:
+        """The stream, edited at the selected positions."""
         tensors = {name: tensor.to(hidden_BSD.device) for name, tensor in self._tensors.items()}
         strength = torch.tensor(self.edit.strength, dtype=torch.float32, device=hidden_BSD.device)
         if isinstance(self.edit, Add):
-            return hidden_BSD + (strength * tensors["vector"]).to(hidden_BSD.dtype)
-        return hidden_BSD - _projection(hidden_BSD, strength, tensors).to(hidden_BSD.dtype)
+            change = strength * tensors["vector"]
+        else:
+            change = _projection(hidden_BSD, strength, tensors)
+        chosen_BS1 = selected_BS[..., None]
+        if self._factor_B11 is not None:
+            factor_B11 = self._factor_B11.to(hidden_BSD.device)
+            change, chosen_BS1 = factor_B11 * change, chosen_BS1 & (factor_B11 != 0)
+        change = change.to(hidden_BSD.dtype)
+        edited_BSD = hidden_BSD + change if isinstance(self.edit, Add) else hidden_BSD - change
+        return torch.where(chosen_BS1, edited_BSD, hidden_BSD)
 
 
 def _projection(
@@ -97,10 +151,7 @@ def _projection(
 
 def _apply(hidden_BSD: torch.Tensor, *, edits: Sequence[_Lowered], window: _Window) -> torch.Tensor:
     for lowered in edits:
-        steered_BSD = lowered.steer(hidden_BSD)
-        if lowered.edit.positions is Positions.LAST:
-            steered_BSD = torch.where(window.last(hidden_BSD)[..., None], steered_BSD, hidden_BSD)
-        hidden_BSD = steered_BSD
+        hidden_BSD = lowered.steer(hidden_BSD, window.selected(lowered.edit.positions, hidden_BSD))
     return hidden_BSD
 
 
@@ -117,10 +168,12 @@ def _steer_input(
     return args, kwargs | {"hidden_states": steer(kwargs["hidden_states"])}
 
 
-def _by_module(parts: DecoderParts, plan: SteeringPlan) -> Iterator[tuple[torch.nn.Module, Site, list[Edit]]]:
+def _by_module(
+    parts: DecoderParts, lowered: Sequence[_Lowered]
+) -> Iterator[tuple[torch.nn.Module, Site, list[_Lowered]]]:
     """Each module to hook with the edits that act there, in the plan's order."""
     for site in Site:
         for layer, block in enumerate(parts.blocks):
-            edits = [edit for edit in plan.edits if (edit.site, edit.layer) == (site, layer)]
+            edits = [entry for entry in lowered if (entry.edit.site, entry.edit.layer) == (site, layer)]
             if edits:
                 yield parts.final_norm if site is Site.FINAL_NORM_OUTPUT else block, site, edits

@@ -8,9 +8,10 @@ for every x, so the same kernel computes the same norm to the bit.
 
 from __future__ import annotations
 
+import base64
 from typing import TYPE_CHECKING
 
-from onnx import ModelProto, NodeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from calibration.errors import UnsupportedError
 
@@ -24,6 +25,10 @@ SUM_OUTPUT = 3
 SUM_SUFFIX = ".sum"
 ZEROS = "sarsteer.zeros"
 """Names of tensors of −0 in the shape of the stream (B, S, D) start with this."""
+ORIGINAL_KEY = "sarsteer.original"
+"""Metadata entry of a split norm: the node it was, serialized, in base64."""
+ADDED_KEY = "sarsteer.split_from"
+"""Metadata entry of a sum taken out of a norm: that norm's name."""
 
 
 def is_fused(node: NodeProto) -> bool:
@@ -38,34 +43,72 @@ def sum_name(node: NodeProto) -> str:
     return node.output[0] + SUM_SUFFIX
 
 
+def bias_slot(node: NodeProto) -> int:
+    """Which input of a fused node is its bias, which is added after both summands."""
+    return 2 + WEIGHTS[node.op_type]
+
+
 def split_fused_norms(model: ModelProto, sums: Collection[str] | None = None) -> ModelProto:
     """A copy of `model` in which fused nodes read a sum that an `Add` computes.
 
     `sums`: names of the sums to split at; all of them when left out. Without any to split, `model` itself.
     """
-    chosen = {
-        position
-        for position, node in enumerate(model.graph.node)
-        if is_fused(node) and (sums is None or sum_name(node) in sums)
-    }
-    if not chosen:
+    if not _chosen(model.graph, sums):
         return model
     split = ModelProto()
     split.CopyFrom(model)
-    first, zeros = min(chosen), _free_name(model)
+    split_in_place(split.graph, split.graph, sums)
+    return split
+
+
+def split_in_place(graph: GraphProto, outermost: GraphProto, sums: Collection[str] | None = None) -> None:
+    """Split the fused nodes of a graph at some sums, or at all; `outermost` holds the norms' scales.
+
+    Every node that is changed or added says in its metadata what it was, so that `join_fused_norms` can undo it.
+    """
+    chosen = _chosen(graph, sums)
+    if not chosen:
+        return
+    first, zeros = min(chosen), _free_name(graph)
     nodes: list[NodeProto] = []
-    for position, node in enumerate(model.graph.node):
+    for position, node in enumerate(graph.node):
         if position not in chosen:
             nodes.append(node)
             continue
         adds, norm = _split(node, zeros)
         nodes += adds
         if position == first:
-            nodes += _zeros(zeros, sum_name(node), _elem_type(model, node))
+            nodes += _zeros(zeros, sum_name(node), _elem_type(outermost, node))
         nodes.append(norm)
-    del split.graph.node[:]
-    split.graph.node.extend(nodes)
-    return split
+    rewritten = GraphProto()
+    rewritten.node.extend(nodes)
+    del graph.node[:]
+    graph.node.extend(rewritten.node)
+
+
+def join_fused_norms(graph: GraphProto) -> None:
+    """Undo `split_in_place`: fused nodes are again what they were, the sums before them are gone."""
+    nodes = []
+    for node in graph.node:
+        said = {entry.key: entry.value for entry in node.metadata_props}
+        if ADDED_KEY in said:
+            continue
+        if ORIGINAL_KEY in said:
+            nodes.append(NodeProto.FromString(base64.b64decode(said[ORIGINAL_KEY])))
+        else:
+            nodes.append(node)
+    rewritten = GraphProto()
+    rewritten.node.extend(nodes)
+    del graph.node[:]
+    graph.node.extend(rewritten.node)
+
+
+def _chosen(graph: GraphProto, sums: Collection[str] | None) -> set[int]:
+    return {
+        position
+        for position, node in enumerate(graph.node)
+        if is_fused(node) and (sums is None or sum_name(node) in sums)
+    }
 
 
 def _split(node: NodeProto, zeros: str) -> tuple[list[NodeProto], NodeProto]:
@@ -75,10 +118,14 @@ def _split(node: NodeProto, zeros: str) -> tuple[list[NodeProto], NodeProto]:
     summed = total + ".unbiased" if biases else total
     adds = [helper.make_node("Add", [hidden, branch], [summed], name=f"{node.name}/sum")]
     adds += [helper.make_node("Add", [summed, bias], [total], name=f"{node.name}/bias") for bias in biases]
+    for add in adds:
+        add.metadata_props.add(key=ADDED_KEY, value=node.name)
     norm = NodeProto()
     norm.CopyFrom(node)
     del norm.input[:], norm.output[SUM_OUTPUT:]
     norm.input.extend([total, zeros, *weights])
+    original = base64.b64encode(node.SerializeToString(deterministic=True)).decode()
+    norm.metadata_props.add(key=ORIGINAL_KEY, value=original)
     return adds, norm  # the metadata stays with the norm: its module scope is the next block's
 
 
@@ -90,8 +137,8 @@ def _zeros(name: str, like: str, elem_type: int) -> list[NodeProto]:
     ]
 
 
-def _free_name(model: ModelProto) -> str:
-    taken = {name for node in model.graph.node for name in node.output}
+def _free_name(graph: GraphProto) -> str:
+    taken = {name for node in graph.node for name in node.output}
     name, number = ZEROS, 0
     while name in taken:
         number += 1
@@ -99,9 +146,9 @@ def _free_name(model: ModelProto) -> str:
     return name
 
 
-def _elem_type(model: ModelProto, node: NodeProto) -> int:
+def _elem_type(graph: GraphProto, node: NodeProto) -> int:
     """The stream's element type: that of the norm's scale."""
-    for tensor in model.graph.initializer:
+    for tensor in graph.initializer:
         if tensor.name == node.input[2]:
             return int(tensor.data_type)
     raise UnsupportedError(f"{node.op_type} {node.name!r}: its scale is no initializer; expected a constant")

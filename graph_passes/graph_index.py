@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from onnx import AttributeProto, GraphProto, NodeProto
 
 from calibration.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MATMUL_OPS = frozenset(
     {"MatMul", "Gemm", "MatMulNBits", "MatMulInteger", "QLinearMatMul", "FusedMatMul", "Einsum", "Conv"}
@@ -22,15 +26,20 @@ CONSTANT_OPS = frozenset({"Constant"})
 class GraphIndex:
     """Producers, consumers and ancestors of the tensors of a graph whose nodes are in topological order.
 
-    Raises `InputError` when a node reads a tensor that nothing before it produces.
+    `outer_inputs`, `outer_constants`: for a body, what it may read from outside. Raises `InputError` when a node
+    reads a tensor that nothing before it produces.
     """
 
-    def __init__(self, graph: GraphProto) -> None:
+    def __init__(
+        self, graph: GraphProto, outer_inputs: Iterable[str] = (), outer_constants: Iterable[str] = ()
+    ) -> None:
         self.graph = graph
         self.nodes: list[NodeProto] = list(graph.node)
         self.constants = {tensor.name for tensor in graph.initializer}
         self.constants |= {str(tensor.values.name) for tensor in graph.sparse_initializer}
-        self.inputs = [value.name for value in graph.input if value.name not in self.constants]
+        self.constants |= set(outer_constants)
+        named = [*(value.name for value in graph.input), *outer_inputs]
+        self.inputs = [name for name in named if name not in self.constants]
         self.producer: dict[str, int] = {}
         self.consumers: dict[str, list[int]] = defaultdict(list)
         known = self.constants | set(self.inputs)

@@ -8,51 +8,80 @@ that name, reads the edited one. Nothing else of the file is rewritten, so nothi
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from calibration.errors import InputError, UnsupportedError
-from calibration.plan import Edit, Positions, Site, SteeringPlan
-from graph_passes.fused_norms import split_fused_norms
+from calibration.plan import Add, Positions, Site, SteeringPlan
+from graph_passes.forms import Choice, Form, bias_of, choose
+from graph_passes.fused_norms import split_in_place
 from graph_passes.graph_index import GraphIndex, rename_reads
-from graph_passes.lowering import Stream, lower, lower_last_positions
-from graph_passes.residual_stream import STEERED_PREFIX, STEERING_PREFIX, UNSTEERED_PREFIX, ResidualStream
+from graph_passes.lowering import Lowered, StreamType, lower, lower_onto_bias, scaled_vector
+from graph_passes.names import STEERED_PREFIX, STEERING_PREFIX, UNSTEERED_PREFIX, edit_names
+from graph_passes.residual_stream import ResidualStream, cache_inputs
+from graph_passes.scopes import Scope, decoder_scopes
+from graph_passes.selection import (
+    LAST_NODE,
+    POSITIONS_INPUT,
+    PROMPT_LENGTHS_INPUT,
+    STRENGTH_INPUT,
+    Around,
+    LastFrom,
+    PromptFrom,
+    Selection,
+    SteeringInputs,
+    StrengthInput,
+    share,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 MINIMUM_OPSET = 13
 """Squeeze and Unsqueeze take their axes as inputs from this opset on."""
 BFLOAT16_OPSET = 16
 """Where takes bfloat16 from this opset on."""
+OVERRIDABLE_IR_VERSION = 4
+"""From this IR version on an initializer that is also an input is a default, which a runtime may be fed over."""
 
 
 @dataclass(frozen=True)
 class InsertedEdit:
-    """One edit as it stands in the graph: the stream tensor it acts on, its nodes and its constants."""
+    """One edit as it stands in the graph: the stream tensor it acts on, its form, its nodes and its constants.
+
+    `scope`: the body it stands in, empty for the graph itself.
+    """
 
     number: int
     layer: int
     site: Site
     op: str
-    positions: Positions
+    positions: str
     strength: float
     anchor: str
+    form: Form
+    why: str
     nodes: tuple[str, ...]
     constants: tuple[str, ...]
+    scope: str = ""
 
 
 @dataclass(frozen=True)
 class _Splice:
-    """Nodes and constants to insert behind what computes `anchor`; none computes a graph input."""
+    """Nodes to insert behind what computes `anchor` (none computes a graph input), and their constants.
+
+    `renames`: what a node reads instead, by node and tensor. `appended`: an input that a node gets in the end.
+    """
 
     anchor: str
     nodes: Sequence[NodeProto]
     constants: Sequence[TensorProto]
+    renames: Sequence[tuple[str, str, str]] = field(default=())
+    appended: Sequence[tuple[str, str]] = field(default=())
 
 
 def opset_of(model: ModelProto) -> int:
@@ -65,63 +94,28 @@ def opset_of(model: ModelProto) -> int:
     return version
 
 
-def edit_names(edits: Sequence[Edit]) -> list[str]:
-    """Stable unique names `sarsteer.{layer}.{site}.{op}.{n}`; n counts edits of one site and operation."""
-    seen: Counter[str] = Counter()
-    names = []
-    for edit in edits:
-        stem = f"{STEERING_PREFIX}{edit.layer}.{edit.site.value}.{edit.op}"
-        names.append(f"{stem}.{seen[stem]}")
-        seen[stem] += 1
-    return names
-
-
 def insert_edits(
-    model: ModelProto, stream: ResidualStream, plan: SteeringPlan, *, last_from_mask: bool = True
+    model: ModelProto,
+    streams: Mapping[Scope, ResidualStream],
+    plan: SteeringPlan,
+    inputs: SteeringInputs = SteeringInputs(),  # noqa: B008 - frozen
 ) -> tuple[ModelProto, tuple[InsertedEdit, ...]]:
-    """Return a copy of `model` with every edit of `plan` in it, and where each one stands.
+    """Return a copy of `model` with every edit of `plan` in each of its scopes, and where each one stands.
 
-    With `last_from_mask`, `last` is found from the graph's attention mask; otherwise it is the sequence's
-    last position. Edits of one tensor act in this order: block output, then block input of the next block,
-    each in the plan's order. Raises `InputError` when the graph is steered already.
+    Edits of one tensor act in this order: block output, then block input of the next block, each in the plan's
+    order. Raises `InputError` when the graph is steered already, `UnsupportedError` when it cannot be told what
+    `inputs` asks for.
     """
-    _refuse_steered(GraphIndex(model.graph))
-    model = split_fused_norms(model, {stream.tensor(edit.site, edit.layer) for edit in plan.edits})
-    index = GraphIndex(model.graph)
+    _refuse_steered(model)
     opset = opset_of(model)
-    anchors = by_anchor(stream, plan)
-    splices: list[_Splice] = []
-    last = None
-    if any(edit.positions is Positions.LAST for edit in plan.edits):
-        steered_first = stream.blocks[0].input in anchors
-        last, splice = _last_positions(
-            stream, index, opset, from_mask=last_from_mask, steered_first=steered_first
-        )
-        splices.append(splice)
-    names = edit_names(plan.edits)
-    inserted: list[InsertedEdit] = []
-    for anchor, numbers in anchors.items():
-        lowering = Stream(stream.elem_type_of(anchor), last)
-        if lowering.elem_type == TensorProto.BFLOAT16 and opset < BFLOAT16_OPSET:
-            raise UnsupportedError(
-                f"the graph's opset is {opset}; a bfloat16 stream needs at least {BFLOAT16_OPSET}; "
-                "export it again"
-            )
-        splice, records = _splice_edits(anchor, numbers, plan, names, lowering, index, opset)
-        splices.append(splice)
-        inserted.extend(records)
     steered = ModelProto()
     steered.CopyFrom(model)
-    _apply(steered.graph, index, splices)
-    return steered, tuple(sorted(inserted, key=lambda edit: edit.number))
-
-
-def _refuse_steered(index: GraphIndex) -> None:
-    taken = [name for name in (*index.constants, *index.producer) if name.startswith(STEERING_PREFIX)]
-    if taken:
-        raise InputError(
-            f"the graph is steered already: it holds {sorted(taken)[0]!r}; patch the unsteered graph instead"
-        )
+    inserted: list[InsertedEdit] = []
+    for scope, stream in streams.items():
+        inserting = _Insertion(scope, stream, plan, inputs, opset)
+        inserted += inserting.insert(steered)
+    add_steering_inputs(steered, plan, inputs)
+    return steered, tuple(inserted)
 
 
 class StreamTensors(Protocol):
@@ -142,84 +136,243 @@ def by_anchor(stream: StreamTensors, plan: SteeringPlan) -> dict[str, list[int]]
     return anchors
 
 
-def _last_positions(
-    stream: ResidualStream, index: GraphIndex, opset: int, *, from_mask: bool, steered_first: bool
-) -> tuple[gs.Variable, _Splice]:
-    """The nodes that mark last positions, behind the start of the stream, whose shape they read.
-
-    `steered_first`: an edit acts at the very start, so that what the embedding computes is renamed.
-    """
-    if from_mask and stream.attention_mask is None:
-        raise UnsupportedError(
-            "the graph has no input 'attention_mask' [batch, past + sequence] to find the last position of "
-            "each row from; if rows are never padded on the right, use --last-from sequence"
-        )
-    anchor = stream.blocks[0].input
-    renamed = steered_first and anchor in index.producer
-    hidden = gs.Variable(UNSTEERED_PREFIX + anchor if renamed else anchor)
-    mask = gs.Variable(stream.attention_mask) if from_mask else None
-    lowered = lower_last_positions(hidden, mask, opset)
-    graph = _export(lowered.nodes, [hidden] + ([] if mask is None else [mask]), lowered.output, opset)
-    return lowered.output, _Splice(anchor, graph.node, graph.initializer)
-
-
-def _splice_edits(
-    anchor: str,
-    numbers: Sequence[int],
-    plan: SteeringPlan,
-    names: Sequence[str],
-    lowering: Stream,
-    index: GraphIndex,
-    opset: int,
-) -> tuple[_Splice, list[InsertedEdit]]:
-    is_input = anchor not in index.producer
-    before = gs.Variable(anchor if is_input else UNSTEERED_PREFIX + anchor, dtype=lowering.numpy_dtype)
-    hidden, nodes, records = before, [], []
-    for number in numbers:
-        edit = plan.edits[number]
-        lowered = lower(edit, names[number], hidden, lowering)
-        hidden = lowered.output
-        nodes += lowered.nodes
-        constants = {
-            tensor.name: None
-            for node in lowered.nodes
-            for tensor in node.inputs
-            if isinstance(tensor, gs.Constant)
-        }
-        records.append(
-            InsertedEdit(
-                number=number,
-                layer=edit.layer,
-                site=edit.site,
-                op=edit.op,
-                positions=edit.positions,
-                strength=float(edit.strength),
-                anchor=anchor,
-                nodes=tuple(node.name for node in lowered.nodes),
-                constants=tuple(constants),
+def add_steering_inputs(model: ModelProto, plan: SteeringPlan, inputs: SteeringInputs) -> None:
+    """Give a graph the inputs by which it is told positions and strength; strength has a default of 1."""
+    ports: list[tuple[str, int, list[str | int]]] = []
+    if inputs.last_from is LastFrom.INPUT and any(edit.positions == Positions.LAST for edit in plan.edits):
+        ports.append((POSITIONS_INPUT, TensorProto.INT64, ["batch"]))
+    if inputs.prompt_from is PromptFrom.INPUT and any(
+        edit.positions.needs_prompt_length for edit in plan.edits
+    ):
+        ports.append((PROMPT_LENGTHS_INPUT, TensorProto.INT64, ["batch"]))
+    if inputs.strength is not None:
+        if model.ir_version < OVERRIDABLE_IR_VERSION:
+            raise UnsupportedError(
+                f"the graph's IR version is {model.ir_version}; a strength that may be left out needs at least "
+                f"{OVERRIDABLE_IR_VERSION}; export it again"
             )
+        per_edit = [len(plan.edits)] if inputs.strength is StrengthInput.EDITS else []
+        ports.append((STRENGTH_INPUT, TensorProto.FLOAT, ["steering_batch", *per_edit]))
+        default = np.ones([1, *per_edit], dtype=np.float32)
+        model.graph.initializer.append(
+            helper.make_tensor(STRENGTH_INPUT, TensorProto.FLOAT, default.shape, default.tobytes(), raw=True)
         )
-    hidden.name = STEERED_PREFIX + anchor if is_input else anchor
-    outside = [before] + ([] if lowering.last is None else [lowering.last])
-    graph = _export(nodes, outside, hidden, opset)
-    return _Splice(anchor, graph.node, graph.initializer), records
+    taken = {value.name for value in model.graph.input} | {
+        name for node in model.graph.node for name in node.output
+    }
+    for name, elem_type, dims in ports:
+        if name in taken:
+            raise InputError(f"the graph has a tensor {name!r} of its own; expected that name to be free")
+        model.graph.input.append(helper.make_tensor_value_info(name, elem_type, dims))
 
 
-def _export(nodes: list[gs.Node], inputs: list[gs.Variable], output: gs.Variable, opset: int) -> GraphProto:
-    graph = gs.Graph(nodes=nodes, inputs=inputs, outputs=[output], opset=opset)
-    exported: ModelProto = gs.export_onnx(graph, do_type_check=False)
+def steering_inputs_of(model: ModelProto) -> SteeringInputs:
+    """What a steered graph is told at run time, as its inputs and its mask of last positions show it."""
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    nodes = [node for scope in decoder_scopes(model) for node in scope.graph(model).node]
+    last_from = LastFrom.ATTENTION_MASK
+    if POSITIONS_INPUT in shapes:
+        last_from = LastFrom.INPUT
+    elif any(node.name == LAST_NODE and node.op_type == "Sub" for node in nodes):
+        last_from = LastFrom.SEQUENCE
+    strength = None
+    if STRENGTH_INPUT in shapes:
+        strength = StrengthInput.BATCH if len(shapes[STRENGTH_INPUT]) == 1 else StrengthInput.EDITS
+    prompt_from = PromptFrom.INPUT if PROMPT_LENGTHS_INPUT in shapes else PromptFrom.PAST
+    return SteeringInputs(last_from, prompt_from, strength)
+
+
+def _refuse_steered(model: ModelProto) -> None:
+    names = [tensor.name for tensor in model.graph.initializer]
+    names += [name for node in model.graph.node for name in (node.name, *node.output)]
+    taken = [name for name in names if name.startswith(STEERING_PREFIX)]
+    if taken:
+        raise InputError(
+            f"the graph is steered already: it holds {sorted(taken)[0]!r}; patch the unsteered graph instead, or "
+            "use --replace"
+        )
+
+
+class _Insertion:
+    """The edits of a plan going into one scope of a graph."""
+
+    def __init__(
+        self, scope: Scope, stream: ResidualStream, plan: SteeringPlan, inputs: SteeringInputs, opset: int
+    ) -> None:
+        self._scope, self._stream, self._plan = scope, stream, plan
+        self._inputs, self._opset = inputs, opset
+        self._names = edit_names(plan.edits)
+        self._anchors = by_anchor(stream, plan)
+        self._selections: tuple[Selection, ...] = ()
+
+    def insert(self, model: ModelProto) -> list[InsertedEdit]:
+        """Insert every edit; what was inserted, in the plan's order."""
+        graph = self._scope.graph(model)
+        index = self._scope.index(model)
+        choices = self._choices(index)
+        split = {anchor for anchor in self._anchors if not self._on_bias(anchor, choices)}
+        split_in_place(graph, model.graph, split)
+        index = self._scope.index(model)
+        for anchor in self._anchors:
+            self._check_anchor(index, anchor)
+        splices = [self._shared(index)]
+        inserted: list[InsertedEdit] = []
+        for anchor, numbers in self._anchors.items():
+            splice, records = self._edits_at(anchor, numbers, choices, index)
+            splices.append(splice)
+            inserted += records
+        _apply(graph, model.graph, index, splices)
+        return sorted(inserted, key=lambda edit: edit.number)
+
+    def _choices(self, index: GraphIndex) -> dict[int, Choice]:
+        """The form of every edit."""
+        return {
+            number: choose(
+                self._plan.edits[number],
+                alone=len(numbers) == 1,
+                baked=self._inputs.strength is None,
+                is_float32=StreamType(self._stream.elem_type_of(anchor)).is_float32,
+                index=index,
+                anchor=anchor,
+            )
+            for anchor, numbers in self._anchors.items()
+            for number in numbers
+        }
+
+    def _on_bias(self, anchor: str, choices: Mapping[int, Choice]) -> bool:
+        return any(
+            choices[number].form in (Form.NORM_BIAS, Form.PROJECTION_BIAS) for number in self._anchors[anchor]
+        )
+
+    def _check_anchor(self, index: GraphIndex, anchor: str) -> None:
+        if anchor not in index.producer and anchor not in index.inputs:
+            raise UnsupportedError(
+                f"the stream tensor {anchor!r} is computed inside a function of the file, where it cannot be edited; "
+                "inline the file's functions first (onnx.inliner.inline_local_functions) and patch the result"
+            )
+
+    def _shared(self, index: GraphIndex) -> _Splice:
+        """What edits share, behind the start of the stream, whose shape it reads.
+
+        An edit at the very start renames what the embedding computes.
+        """
+        anchor = self._stream.blocks[0].input
+        renamed = anchor in self._anchors and anchor in index.producer
+        mask = None if self._stream.attention_mask is None else gs.Variable(self._stream.attention_mask)
+        caches = cache_inputs(index)
+        shared = share(
+            self._plan.edits,
+            self._inputs,
+            Around(
+                hidden=gs.Variable(UNSTEERED_PREFIX + anchor if renamed else anchor),
+                attention_mask=mask,
+                cache=gs.Variable(caches[0]) if caches else None,
+                opset=self._opset,
+            ),
+        )
+        self._selections = shared.selections
+        graph = _export(shared.nodes, self._opset)
+        return _Splice(anchor, graph.node, graph.initializer)
+
+    def _edits_at(
+        self, anchor: str, numbers: Sequence[int], choices: Mapping[int, Choice], index: GraphIndex
+    ) -> tuple[_Splice, list[InsertedEdit]]:
+        stream = StreamType(self._stream.elem_type_of(anchor))
+        if stream.elem_type == TensorProto.BFLOAT16 and self._opset < BFLOAT16_OPSET:
+            raise UnsupportedError(
+                f"the graph's opset is {self._opset}; a bfloat16 stream needs at least {BFLOAT16_OPSET}; "
+                "export it again"
+            )
+        if self._on_bias(anchor, choices):
+            return self._onto_bias(anchor, numbers[0], choices[numbers[0]], index)
+        is_input = anchor not in index.producer
+        hidden = gs.Variable(anchor if is_input else UNSTEERED_PREFIX + anchor, dtype=stream.numpy_dtype)
+        nodes, records = [], []
+        for number in numbers:
+            lowered = lower(
+                self._plan.edits[number], self._names[number], hidden, stream, self._selections[number]
+            )
+            hidden = lowered.output
+            nodes += lowered.nodes
+            records.append(self._record(number, anchor, choices[number], lowered))
+        hidden.name = STEERED_PREFIX + anchor if is_input else anchor
+        graph = _export(nodes, self._opset)
+        return _Splice(anchor, graph.node, graph.initializer), records
+
+    def _onto_bias(
+        self, anchor: str, number: int, choice: Choice, index: GraphIndex
+    ) -> tuple[_Splice, list[InsertedEdit]]:
+        """An edit at all positions as a bias that is added to the stream anyway."""
+        edit, name, node = self._plan.edits[number], self._names[number], choice.node
+        assert isinstance(edit, Add)  # noqa: S101 - only these get a bias form
+        assert node is not None  # noqa: S101
+        if choice.form is Form.NORM_BIAS:
+            vector = f"{name}.vector"
+            constant = helper.make_tensor(
+                vector, TensorProto.FLOAT, edit.vector.shape, scaled_vector(edit).tobytes(), raw=True
+            )
+            record = self._record(number, anchor, choice, Lowered([], gs.Variable(vector)), (vector,))
+            return _Splice(anchor, (), (constant,), appended=((node.output[0], vector),)), [record]
+        bias = bias_of(index, node)
+        lowered = lower_onto_bias(edit, name, gs.Variable(bias, dtype=np.float32))
+        graph = _export(lowered.nodes, self._opset)
+        renames = ((node.output[0], bias, lowered.output.name),)
+        before = next(name for name in node.input if name != bias)
+        splice = _Splice(before, graph.node, graph.initializer, renames=renames)
+        return splice, [self._record(number, anchor, choice, lowered)]
+
+    def _record(
+        self, number: int, anchor: str, choice: Choice, lowered: Lowered, constants: tuple[str, ...] = ()
+    ) -> InsertedEdit:
+        edit = self._plan.edits[number]
+        own = [
+            tensor.name for node in lowered.nodes for tensor in node.inputs if isinstance(tensor, gs.Constant)
+        ]
+        return InsertedEdit(
+            number=number,
+            layer=edit.layer,
+            site=edit.site,
+            op=edit.op,
+            positions=edit.positions.value,
+            strength=float(edit.strength),
+            anchor=anchor,
+            form=choice.form,
+            why=choice.why,
+            nodes=tuple(node.name for node in lowered.nodes),
+            constants=constants or tuple(dict.fromkeys(own)),
+            scope=str(self._scope),
+        )
+
+
+def _export(nodes: Sequence[gs.Node], opset: int) -> GraphProto:
+    """Nodes and their constants as protobufs; what no node computes is taken as given."""
+    computed = {id(tensor) for node in nodes for tensor in node.outputs}
+    read = {tensor.name: tensor for node in nodes for tensor in node.inputs}
+    given = [t for t in read.values() if id(t) not in computed and not isinstance(t, gs.Constant)]
+    exported: ModelProto = gs.export_onnx(
+        gs.Graph(nodes=list(nodes), inputs=given, opset=opset), do_type_check=False
+    )
     return exported.graph
 
 
-def _apply(graph: GraphProto, index: GraphIndex, splices: Sequence[_Splice]) -> None:
-    """Rename what producers compute and write the nodes anew, the inserted ones in their places."""
+def _apply(graph: GraphProto, outermost: GraphProto, index: GraphIndex, splices: Sequence[_Splice]) -> None:
+    """Rename what producers compute and write the nodes anew, the inserted ones in their places.
+
+    Constants go to the outermost graph, where the bodies of an `If` share them.
+    """
     behind: dict[int, list[NodeProto]] = {}
     nodes = list(graph.node)
     types = {value.name: value for value in (*graph.value_info, *graph.output)}
+    held = {tensor.name for tensor in outermost.initializer}
     for splice in splices:
         position = index.producer.get(splice.anchor, -1)
         behind.setdefault(position, []).extend(splice.nodes)
-        graph.initializer.extend(splice.constants)
+        outermost.initializer.extend(tensor for tensor in splice.constants if tensor.name not in held)
+        held.update(tensor.name for tensor in splice.constants)
+        for output, old, new in splice.renames:
+            rename_reads(nodes[index.producer[output]], old, new)
+        for output, name in splice.appended:
+            nodes[index.producer[output]].input.append(name)
         produced = {name for node in splice.nodes for name in node.output}
         if splice.anchor in produced:
             outputs = nodes[position].output

@@ -19,6 +19,8 @@ from calibration.errors import SiteNotFoundError, UnsupportedError
 from calibration.plan import Site
 from graph_passes.fused_norms import split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe, subgraphs
+from graph_passes.names import STEERED_PREFIX, UNSTEERED_PREFIX, is_steering
+from graph_passes.scopes import Scope, decoder_scopes, inlined
 from graph_passes.tensor_types import elem_type_and_width, recorded_types
 
 if TYPE_CHECKING:
@@ -26,12 +28,6 @@ if TYPE_CHECKING:
 
     from onnx import GraphProto, ModelProto, NodeProto
 
-STEERING_PREFIX = "sarsteer."
-"""Names of inserted nodes, tensors and constants start with this."""
-UNSTEERED_PREFIX = STEERING_PREFIX + "unsteered."
-"""A steered tensor keeps its name; what its producer computes is renamed to this and the name."""
-STEERED_PREFIX = STEERING_PREFIX + "steered."
-"""A steered graph input cannot be renamed; its consumers read this and the name."""
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 TRANSPARENT_OPS = frozenset({"Cast", "Identity"})
 LOGIT_OPS = frozenset({"Add", "Div", "Mul", "Tanh"})
@@ -92,13 +88,13 @@ class _ResidualAdd:
 
 
 def find_residual_stream(model: ModelProto) -> ResidualStream:
-    """Find the blocks and sites of a decoder graph.
+    """Find the blocks and sites of a decoder graph that has no bodies; functions of the file are seen through.
 
     Sums that are fused with the norms behind them are found too, under the names that `split_fused_norms`
     gives them. Raises `SiteNotFoundError` when there is no unique answer, with the nearest candidates.
     """
     _refuse_unsupported(model.graph)
-    model = split_fused_norms(model)
+    model = split_fused_norms(inlined(model) if model.functions else model)
     index = GraphIndex(model.graph)
     adds = _chain(index, _logits(index))
     blocks = _blocks(index, adds)
@@ -122,9 +118,26 @@ def find_residual_stream(model: ModelProto) -> ResidualStream:
     )
 
 
-def is_steering(node: NodeProto) -> bool:
-    """Whether a node was inserted by this project."""
-    return node.name.startswith(STEERING_PREFIX)
+def find_residual_streams(model: ModelProto) -> dict[Scope, ResidualStream]:
+    """The residual stream of every graph of a file that computes the decoder; the bodies of a merged one agree.
+
+    Raises what `find_residual_stream` does, naming the body, and `SiteNotFoundError` for bodies that differ.
+    """
+    scopes = decoder_scopes(model)
+    streams = {}
+    for scope in scopes:
+        try:
+            streams[scope] = find_residual_stream(scope.view(model))
+        except SiteNotFoundError as error:
+            raise SiteNotFoundError(f"{scope}: {error}" if str(scope) else str(error)) from None
+    shapes = {(len(stream.blocks), stream.hidden_size, stream.elem_type) for stream in streams.values()}
+    if len(shapes) > 1:
+        found = "; ".join(
+            f"{scope}: {len(stream.blocks)} blocks of width {stream.hidden_size}"
+            for scope, stream in streams.items()
+        )
+        raise SiteNotFoundError(f"the bodies of the merged decoder differ: {found}")
+    return streams
 
 
 def _refuse_unsupported(graph: GraphProto) -> None:
@@ -132,8 +145,8 @@ def _refuse_unsupported(graph: GraphProto) -> None:
         bodies = subgraphs(node)
         if any(child.op_type in MATMUL_OPS for body in bodies for child in body.node):
             raise UnsupportedError(
-                f"{describe(node)} holds bodies that compute (a merged decoder); export one graph that "
-                "serves prefill and decode"
+                f"{describe(node)} holds bodies that compute the decoder; expected a flat graph, or one `If` "
+                "around whole decoders"
             )
 
 
@@ -220,7 +233,7 @@ def _feeds_only_a_sum(index: GraphIndex, node: NodeProto) -> bool:
 
 def _holds_attention(index: GraphIndex, branch: int) -> bool:
     """Whether the nodes of a branch read a KV cache or, in a graph without one, compute attention."""
-    caches = _cache_inputs(index)
+    caches = cache_inputs(index)
     if caches:
         return any(branch & index.bit(name) for name in caches)
     members = [(1 << position, node) for position, node in enumerate(index.nodes) if branch >> position & 1]
@@ -235,7 +248,7 @@ def _holds_attention(index: GraphIndex, branch: int) -> bool:
     )
 
 
-def _cache_inputs(index: GraphIndex) -> list[str]:
+def cache_inputs(index: GraphIndex) -> list[str]:
     """Graph inputs of rank 4: past keys and values [batch, kv_heads, past, head_dim]."""
     return [
         value.name
@@ -299,7 +312,7 @@ def _blocks(index: GraphIndex, adds: list[_ResidualAdd]) -> tuple[Block, ...]:
                 adds=tuple(describe(add.node) for add in members),
             )
         )
-    caches = len(_cache_inputs(index))
+    caches = len(cache_inputs(index))
     if caches and caches != 2 * len(blocks):
         raise SiteNotFoundError(
             f"found {len(blocks)} decoder blocks on the residual stream, but the graph has {caches} KV-cache "

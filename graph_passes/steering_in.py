@@ -10,14 +10,11 @@ from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from calibration.errors import InputError
-from graph_passes.residual_stream import STEERING_PREFIX
+from graph_passes.names import edit_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from onnx import ModelProto, TensorProto
-
-NAME_PARTS = 6
-"""sarsteer . layer . site . op . n . tensor or node."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +28,6 @@ class SteeringConstant:
     elem_type: str
     shape: tuple[int, ...]
     norm: float
-
-
-def edit_of(name: str) -> str | None:
-    """The edit `sarsteer.{layer}.{site}.{op}.{n}` that a node or constant belongs to, or None.
-
-    What steering shares, the mask of last positions, belongs to no edit.
-    """
-    edit, _, _ = name.rpartition(".")
-    parts = name.split(".")
-    belongs = name.startswith(STEERING_PREFIX) and len(parts) == NAME_PARTS and parts[1].isdigit()
-    return edit if belongs else None
 
 
 def edit_initializers(model: ModelProto) -> dict[str, TensorProto]:

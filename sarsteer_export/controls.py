@@ -47,7 +47,7 @@ def _same(edits: Sequence[Edit], others: Sequence[Edit]) -> bool:
 
 
 def _other_positions(edit: Edit) -> Edit:
-    other = Positions.ALL if edit.positions is Positions.LAST else Positions.LAST
+    other = Positions.LAST if edit.positions == Positions.ALL else Positions.ALL
     return dataclasses.replace(edit, positions=other)
 
 

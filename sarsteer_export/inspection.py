@@ -17,7 +17,7 @@ from engines.opening import open_decoder
 from engines.sidecar import ENGINE_SUFFIX, EngineRecord, sidecar_of
 from graph_passes.interface import graph_inputs, graph_outputs
 from graph_passes.onnx_file import external_files, read_graph
-from graph_passes.patch import metadata
+from graph_passes.plan_names import metadata
 from graph_passes.residual_stream import find_residual_stream
 from graph_passes.steering_in import steering_constants
 from sarsteer_export.bundle.manifest import PLAN, Manifest, file_sha256

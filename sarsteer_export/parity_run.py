@@ -20,9 +20,10 @@ from engines.parity import Pair, agreement, compare_case
 from engines.report import ParityReport
 from engines.trace import Script, Trace, record
 from graph_passes.onnx_file import read_graph
-from graph_passes.patch import LastFrom, patch_model
+from graph_passes.patch import patch_model
 from graph_passes.probe import expose_block_outputs
 from graph_passes.residual_stream import ResidualStream, find_residual_stream
+from graph_passes.selection import LastFrom, SteeringInputs
 from sarsteer_export.around_decoder import AroundDecoder, compare_prompts, compare_rollouts
 from sarsteer_export.controls import wrong_plans
 from sarsteer_export.oracle import OracleCase, Padding, oracle_case
@@ -182,8 +183,9 @@ class ParityRun:
             name: patch_model(export.unsteered, plan, force=True).model
             for name, plan in wrong_plans(self.plan).items()
         }
-        if padding is Padding.RIGHT and any(edit.positions is Positions.LAST for edit in self.plan.edits):
-            last_column = patch_model(export.unsteered, self.plan, force=True, last_from=LastFrom.SEQUENCE)
+        if padding is Padding.RIGHT and any(edit.positions == Positions.LAST for edit in self.plan.edits):
+            columns = SteeringInputs(last_from=LastFrom.SEQUENCE)
+            last_column = patch_model(export.unsteered, self.plan, force=True, inputs=columns)
             wrong["last column instead of last attended"] = last_column.model
         return [
             ("unsteered", baseline),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from calibration.errors import InputError
 from calibration.plan import SteeringPlan
 from graph_passes.onnx_file import copy_external_data, external_files, read_graph, write_graph
-from graph_passes.patch import LastFrom, PatchResult, patch_model
+from graph_passes.patch import PatchResult, patch_model
+from graph_passes.selection import SteeringInputs
 from sarsteer_export.staging import staged_file
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def patch(
     output: str | Path,
     *,
     force: bool = False,
-    last_from: LastFrom = LastFrom.ATTENTION_MASK,
+    inputs: SteeringInputs = SteeringInputs(),  # noqa: B008 - frozen
     overwrite: bool = False,
 ) -> PatchResult:
     """Write the steered decoder beside `decoder`, sharing its external data, or elsewhere with a copy of it.
@@ -33,7 +34,7 @@ def patch(
     graph = read_graph(source)
     chosen = plan if isinstance(plan, SteeringPlan) else SteeringPlan.load(plan)
     check_output_name(graph, target)
-    result = patch_model(graph, chosen, force=force, last_from=last_from)
+    result = patch_model(graph, chosen, force=force, inputs=inputs)
     write_decoder(result.model, source, target, overwrite=overwrite)
     return result
 

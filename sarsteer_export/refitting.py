@@ -14,7 +14,8 @@ from calibration.errors import InputError
 from calibration.plan import Site, SteeringPlan, check_plan_fits
 from engines.backends import find_backend
 from engines.sidecar import ENGINE_SUFFIX, EngineRecord, sidecar_of
-from graph_passes.insertion import by_anchor, edit_names
+from graph_passes.insertion import by_anchor
+from graph_passes.names import edit_names
 from graph_passes.onnx_file import read_graph
 from graph_passes.refit import plan_constants, refit_model
 from graph_passes.steering_in import edit_initializers

@@ -27,7 +27,7 @@ from calibration.plan import Add, Edit, SteeringPlan
 from engines.backends import CPU_BACKEND
 from graph_passes.float32_twin import write_float32_twins
 from graph_passes.interface import graph_inputs, graph_outputs
-from graph_passes.lowering import Stream
+from graph_passes.lowering import StreamType
 from graph_passes.onnx_file import read_graph
 from sarsteer_export.bundle.manifest import MANIFEST, ONNX_FOLDER, PLAN, Manifest
 
@@ -152,11 +152,11 @@ def rounded_plan(plan: SteeringPlan, elem: str) -> SteeringPlan:
     What is added is scaled and rounded, except at strength 0; projections are computed in float32 as they are.
     Raises `InputError` when a value overflows that type.
     """
-    stream = Stream(TensorProto.DataType.Value(elem.upper()), None)
+    stream = StreamType(TensorProto.DataType.Value(elem.upper()))
     return dataclasses.replace(plan, edits=tuple(_rounded(edit, stream) for edit in plan.edits))
 
 
-def _rounded(edit: Edit, stream: Stream) -> Edit:
+def _rounded(edit: Edit, stream: StreamType) -> Edit:
     if not isinstance(edit, Add) or edit.strength == 0:
         return edit
     held_D = stream.cast(np.float32(edit.strength) * edit.vector)

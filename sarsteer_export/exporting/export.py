@@ -17,7 +17,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, find_decoder, load_lalm
-from graph_passes.patch import FINGERPRINT_KEY
+from graph_passes.plan_names import FINGERPRINT_KEY
 from sarsteer_export.bundle.manifest import MANIFEST
 from sarsteer_export.exporting.components import AudioEncoderComponent, DecoderComponent, EmbedTokensComponent
 from sarsteer_export.exporting.contract import name_audio_encoder, name_decoder, name_embed_tokens

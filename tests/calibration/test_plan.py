@@ -45,7 +45,11 @@ def edits_of(draw: st.DrawFn, hidden_size: int, num_layers: int) -> Edit:
     placement: dict[str, Any] = {
         "strength": draw(st.floats(-1e4, 1e4)),
         "site": site,
-        "positions": draw(st.sampled_from(Positions)),
+        "positions": draw(
+            st.sampled_from(
+                [Positions.LAST, Positions.ALL, Positions.PROMPT, Positions.first(3), Positions.range(2)]
+            )
+        ),
     }
     vectors = st.lists(finite, min_size=hidden_size, max_size=hidden_size).map(np.float32)
     if draw(st.booleans()):

@@ -12,8 +12,8 @@ from onnx import helper
 from calibration.errors import InputError, SiteNotFoundError
 from calibration.plan import Positions, Site, SteeringPlan
 from graph_passes.checks import GraphDamagedError, check_count, check_interface, check_wiring
+from graph_passes.names import STEERED_PREFIX, UNSTEERED_PREFIX
 from graph_passes.patch import PatchResult, patch_model
-from graph_passes.residual_stream import STEERED_PREFIX, UNSTEERED_PREFIX
 from tests import tiny_lalm
 from tests.conftest import one_edit, plan_of
 from tests.decoders import TinyDecoder

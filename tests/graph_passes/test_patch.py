@@ -21,17 +21,11 @@ from calibration.errors import InputError, SiteNotFoundError, UnsupportedError
 from calibration.lalm import position_ids
 from calibration.plan import Add, Edit, Positions, Project, Site, SteeringPlan
 from calibration.steered import steered
+from graph_passes.names import STEERED_PREFIX, UNSTEERED_PREFIX
 from graph_passes.onnx_file import read_graph, write_graph
-from graph_passes.patch import (
-    CONSTANTS_KEY,
-    FINGERPRINT_KEY,
-    PLAN_KEY,
-    LastFrom,
-    PatchResult,
-    metadata,
-    patch_model,
-)
-from graph_passes.residual_stream import STEERED_PREFIX, UNSTEERED_PREFIX
+from graph_passes.patch import PatchResult, patch_model
+from graph_passes.plan_names import CONSTANTS_KEY, FINGERPRINT_KEY, PLAN_KEY, metadata
+from graph_passes.selection import LastFrom, SteeringInputs
 from graph_passes.steering_in import constants_digest
 from tests import tiny_lalm
 from tests.conftest import SITES, one_edit, padded, plan_of, random_basis, random_vector
@@ -172,7 +166,7 @@ def test_every_kind_of_decoder_is_steered_by_the_equations(variant: Variant, tmp
     ] + [one_edit(*kind, width=HAND_WIDTH, layers=HAND_LAYERS, layer=0) for kind in KINDS]
     plan = SteeringPlan(HAND_WIDTH, HAND_LAYERS, tuple(edits))
     last_from = LastFrom.ATTENTION_MASK if variant.mask else LastFrom.SEQUENCE
-    result = patch_model(proto, plan, last_from=last_from)
+    result = patch_model(proto, plan, inputs=SteeringInputs(last_from=last_from))
     sample = model.sample(seed=5)
     total = sample[0].shape[1] + (3 if variant.cache else 0)
     mask = sample[1] if variant.mask else torch.ones(2, total, dtype=torch.long)
@@ -389,7 +383,7 @@ def test_equal_vectors_in_two_layers_stay_two_constants(exported_decoder: TinyDe
         np.testing.assert_array_equal(constants[f"sarsteer.{layer}.block_output.add.0.vector"], vector)
 
 
-@pytest.mark.parametrize("positions", Positions)
+@pytest.mark.parametrize("positions", [Positions.LAST, Positions.ALL])
 @pytest.mark.parametrize("op", ["add", "project"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_low_precision_edit_is_one_rounding_of_a_float32_term(
@@ -499,7 +493,7 @@ def test_without_a_mask_last_must_be_asked_for(tmp_path: Path) -> None:
     last = SteeringPlan(HAND_WIDTH, HAND_LAYERS, (Add(0, random_vector(HAND_WIDTH, seed=0)),))
     with pytest.raises(UnsupportedError, match=r"no input 'attention_mask' .* use --last-from sequence"):
         patch_model(proto, last)
-    assert len(patch_model(proto, last, last_from=LastFrom.SEQUENCE).edits) == 1
+    assert len(patch_model(proto, last, inputs=SteeringInputs(last_from=LastFrom.SEQUENCE)).edits) == 1
     everywhere = (dataclasses.replace(last.edits[0], positions=Positions.ALL),)
     assert len(patch_model(proto, dataclasses.replace(last, edits=everywhere)).edits) == 1
 
@@ -507,7 +501,9 @@ def test_without_a_mask_last_must_be_asked_for(tmp_path: Path) -> None:
 def test_last_from_sequence_ignores_the_mask(exported_decoder: TinyDecoder) -> None:
     plan = plan_of(edit_of("add", Site.BLOCK_OUTPUT, Positions.LAST))
     by_mask = patch_model(exported_decoder.proto, plan)
-    by_sequence = patch_model(exported_decoder.proto, plan, last_from=LastFrom.SEQUENCE)
+    by_sequence = patch_model(
+        exported_decoder.proto, plan, inputs=SteeringInputs(last_from=LastFrom.SEQUENCE)
+    )
     mask = padded("left")
     embeds = torch.randn(*mask.shape, WIDTH, generator=torch.Generator().manual_seed(0))
 

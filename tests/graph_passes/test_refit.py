@@ -18,8 +18,10 @@ from calibration.errors import InputError
 from calibration.lalm import position_ids
 from calibration.plan import Add, Edit, Positions, Site, SteeringPlan
 from graph_passes.checks import GraphDamagedError
-from graph_passes.patch import CONSTANTS_KEY, FINGERPRINT_KEY, PLAN_KEY, LastFrom, metadata, patch_model
+from graph_passes.patch import patch_model
+from graph_passes.plan_names import CONSTANTS_KEY, FINGERPRINT_KEY, PLAN_KEY, metadata
 from graph_passes.refit import plan_constants, refit_model
+from graph_passes.selection import LastFrom, SteeringInputs
 from graph_passes.steering_in import constants_digest
 from tests import tiny_lalm
 from tests.conftest import SITES, one_edit, padded, plan_of, random_basis, random_vector
@@ -144,7 +146,9 @@ def test_every_kind_of_decoder_and_dtype_is_refitted(
     last_from = LastFrom.ATTENTION_MASK if variant.mask else LastFrom.SEQUENCE
     old = hand_plan(*every_kind(HAND_LAYERS, HAND_WIDTH))
     new = refreshed_plan(old)
-    before, wanted = (patch_model(proto, plan, last_from=last_from).model for plan in (old, new))
+    before, wanted = (
+        patch_model(proto, plan, inputs=SteeringInputs(last_from=last_from)).model for plan in (old, new)
+    )
     assert refit_model(before, new).SerializeToString() == wanted.SerializeToString()
 
 
@@ -166,9 +170,9 @@ def test_an_embedding_of_another_dtype_is_refitted_in_its_own(tmp_path: Path) ->
 
 def test_a_refit_keeps_where_the_last_position_is_read_from(hand_proto: onnx.ModelProto) -> None:
     old = hand_plan(ADD)
-    by_sequence = patch_model(hand_proto, old, last_from=LastFrom.SEQUENCE).model
+    by_sequence = patch_model(hand_proto, old, inputs=SteeringInputs(last_from=LastFrom.SEQUENCE)).model
     new = refreshed_plan(old)
-    wanted = patch_model(hand_proto, new, last_from=LastFrom.SEQUENCE).model
+    wanted = patch_model(hand_proto, new, inputs=SteeringInputs(last_from=LastFrom.SEQUENCE)).model
     assert refit_model(by_sequence, new).SerializeToString() == wanted.SerializeToString()
     assert refit_model(by_sequence, new) != patch_model(hand_proto, new).model
 

@@ -12,8 +12,9 @@ from onnx import TensorProto
 
 from calibration.errors import InputError
 from calibration.plan import Add, Positions, Project, Site, SteeringPlan
+from graph_passes.names import edit_of
 from graph_passes.patch import patch_model
-from graph_passes.steering_in import edit_initializers, edit_of, steering_constants, steering_tensors
+from graph_passes.steering_in import edit_initializers, steering_constants, steering_tensors
 from tests.conftest import random_basis, random_vector
 from tests.decoders import HAND_LAYERS, HAND_WIDTH, Variant, hand_decoder
 

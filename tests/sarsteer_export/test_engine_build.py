@@ -20,7 +20,9 @@ from engines.backends import BACKENDS
 from engines.cuda_driver import CudaDriver, Gpu
 from engines.profiles import ProfileLimits
 from engines.sidecar import Binding, EngineRecord, Refit
-from graph_passes.patch import FINGERPRINT_KEY, LastFrom, name_plan, patch_model
+from graph_passes.patch import patch_model
+from graph_passes.plan_names import FINGERPRINT_KEY, name_plan
+from graph_passes.selection import LastFrom, SteeringInputs
 from sarsteer_export.engine_build import BuiltEngine, EngineSettings, build_engines, engine_source, label
 from tests.conftest import random_basis, random_vector
 from tests.decoders import HAND_HEADS, HAND_LAYERS, HAND_WIDTH, TinyDecoder, Variant, hand_decoder
@@ -191,7 +193,7 @@ def test_a_graph_in_memory_needs_no_file(steered: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last_from", LastFrom)
 def test_what_marks_last_positions_is_no_constant_of_an_edit(unsteered: Path, last_from: LastFrom) -> None:
-    path = steer(unsteered, plan_of(add(0)), "last.onnx", last_from=last_from)
+    path = steer(unsteered, plan_of(add(0)), "last.onnx", inputs=SteeringInputs(last_from=last_from))
     assert len(engine_source(path).constants) == 2
 
 

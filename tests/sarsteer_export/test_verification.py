@@ -15,7 +15,8 @@ from calibration.plan import Positions, SteeringPlan
 from calibration.requests import read_requests
 from engines.report import ParityReport, Verdict
 from graph_passes.onnx_file import read_graph, write_graph
-from graph_passes.patch import LastFrom, patch_model
+from graph_passes.patch import patch_model
+from graph_passes.selection import LastFrom, SteeringInputs
 from sarsteer_export import ParitySettings, verify
 from sarsteer_export.bundle.manifest import (
     AUDIO_ENCODER,
@@ -153,7 +154,7 @@ def test_a_decoder_that_steers_the_last_column_instead_of_the_last_attended_posi
     bundle_copy: Path, lalm: Lalm, inputs: Inputs, plan: SteeringPlan
 ) -> None:
     graph = read_graph(bundle_copy / UNSTEERED_DECODER)
-    wrong = patch_model(graph, plan, last_from=LastFrom.SEQUENCE).model
+    wrong = patch_model(graph, plan, inputs=SteeringInputs(last_from=LastFrom.SEQUENCE)).model
     write_graph(wrong, bundle_copy / STEERED_DECODER)
     adjust_hashes(bundle_copy)
     one = dataclasses.replace(QUICK, prompts=1)  # one row: its padding is made, not found
