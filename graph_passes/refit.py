@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import GraphProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
 from calibration.errors import InputError
 from calibration.plan import Positions, check_plan_fits
+from graph_passes.checks import GraphDamagedError
 from graph_passes.graph_index import describe
 from graph_passes.insertion import steering_inputs_of
 from graph_passes.lowering import StreamType, lower
 from graph_passes.names import edit_names, edit_of, is_steering
 from graph_passes.patch import patch_model
-from graph_passes.plan_names import FINGERPRINT_KEY, metadata
+from graph_passes.plan_names import FINGERPRINT_KEY, metadata, name_plan
 from graph_passes.residual_stream import find_residual_streams
 from graph_passes.scopes import decoder_scopes
 from graph_passes.selection import Selection
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from numpy.typing import NDArray
-    from onnx import ModelProto, NodeProto
+    from onnx import NodeProto
 
     from calibration.plan import SteeringPlan
 
@@ -70,7 +72,7 @@ def refit_model(model: ModelProto, plan: SteeringPlan, *, force: bool = False) -
     held = _edits_in(model, present)
     if not held:
         raise InputError("the graph holds no steering to refit; steer it with `patch`")
-    unsteered = unpatch_model(model)
+    unsteered = _unsteered(model)
     streams = find_residual_streams(unsteered)
     stream = next(iter(streams.values()))
     check_plan_fits(
@@ -90,11 +92,20 @@ def refit_model(model: ModelProto, plan: SteeringPlan, *, force: bool = False) -
         plan, lambda name: stream.elem_type_of(anchors[name]), baked=inputs.strength is None
     )
     _check_constants(constants, present)
-    refitted = patch_model(unsteered, plan, force=force, inputs=inputs).model
+    anew = patch_model(unsteered, plan, force=force, inputs=inputs).model
     for scope in streams:
-        _check_nodes(scope.graph(refitted), scope.graph(model))
+        _check_nodes(scope.graph(anew), scope.graph(model))
     _check_readers(model, constants)
+    refitted = _with_constants(model, constants, plan.digest())
+    _check_refitted(refitted, constants)
     return refitted
+
+
+def _unsteered(model: ModelProto) -> ModelProto:
+    try:
+        return unpatch_model(model)
+    except InputError as error:
+        raise InputError(f"{error}; {INSTEAD}") from None
 
 
 def _edits_in(model: ModelProto, present: Mapping[str, TensorProto]) -> list[str]:
@@ -190,3 +201,24 @@ def _check_readers(model: ModelProto, constants: Collection[str]) -> None:
                         f"{describe(node)} reads the steering constant {name!r} of another edit or none, so the "
                         f"graph was altered after patching; {INSTEAD}"
                     )
+
+
+def _with_constants(model: ModelProto, constants: Mapping[str, NDArray[Any]], digest: str) -> ModelProto:
+    refitted = ModelProto()
+    refitted.CopyFrom(model)
+    for name, tensor in edit_initializers(refitted).items():
+        for field in ("float_data", "int32_data", "double_data"):  # where others keep what insertion has raw
+            tensor.ClearField(field)
+        tensor.raw_data = numpy_helper.from_array(constants[name]).raw_data
+    name_plan(refitted, digest)
+    return refitted
+
+
+def _check_refitted(model: ModelProto, constants: Mapping[str, NDArray[Any]]) -> None:
+    """What the graph holds now, read back, is what the plan needs: as many constants, bit for bit."""
+    held = {name: numpy_helper.to_array(tensor) for name, tensor in edit_initializers(model).items()}
+    if held.keys() != constants.keys():
+        raise GraphDamagedError(f"refitting set {len(held)} constants; the plan has {len(constants)}")
+    for name, values in constants.items():
+        if held[name].dtype != values.dtype or held[name].tobytes() != np.asarray(values).tobytes():
+            raise GraphDamagedError(f"refitting left other values in {name!r} than the plan's")

@@ -14,6 +14,7 @@ from calibration.plan import Positions, Site, SteeringPlan
 from graph_passes.checks import GraphDamagedError, check_count, check_interface, check_wiring
 from graph_passes.names import STEERED_PREFIX, UNSTEERED_PREFIX
 from graph_passes.patch import PatchResult, patch_model
+from graph_passes.scopes import Scope
 from tests import tiny_lalm
 from tests.conftest import one_edit, plan_of
 from tests.decoders import TinyDecoder
@@ -38,7 +39,7 @@ def test_a_good_patch_passes_every_check(
 ) -> None:
     check_interface(exported_decoder.proto, patched.model)
     check_wiring(patched.model, patched.edits)
-    check_count(plan, patched.edits)
+    check_count(plan, patched.edits, [Scope()])
 
 
 def reread(model: onnx.ModelProto, old: str, new: str, *, only: int | None = None) -> None:
@@ -117,7 +118,7 @@ def test_a_lost_output_is_caught(patched: PatchResult) -> None:
 
 def test_a_wrong_number_of_edits_is_caught(patched: PatchResult, plan: SteeringPlan) -> None:
     with pytest.raises(SiteNotFoundError, match=r"the plan has 2 edits; 1 were made: \[1\]"):
-        check_count(plan, patched.edits[1:])
+        check_count(plan, patched.edits[1:], [Scope()])
     twice = (patched.edits[0], dataclasses.replace(patched.edits[1], number=0))
     with pytest.raises(SiteNotFoundError, match=r"2 were made: \[0, 0\]"):
-        check_count(plan, twice)
+        check_count(plan, twice, [Scope()])

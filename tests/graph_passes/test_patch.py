@@ -324,7 +324,7 @@ def test_names_are_unique_stable_and_say_where_an_edit_stands(exported_decoder: 
             asked.layer,
             asked.site,
             asked.op,
-            asked.positions,
+            asked.positions.value,
             asked.strength,
         )
     graph = result.model.graph
@@ -464,6 +464,9 @@ def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
 def test_a_steered_graph_is_not_steered_again(exported_decoder: TinyDecoder) -> None:
     plan = plan_of(edit_of(*KINDS[0]))
     once = patch_model(exported_decoder.proto, plan).model
+    with pytest.raises(InputError, match=f"steered already, by plan {plan.digest()[:12]}"):
+        patch_model(once, plan)
+    del once.metadata_props[:]
     with pytest.raises(InputError, match=r"steered already: it holds 'sarsteer\.1\.block_input\.add\.0\."):
         patch_model(once, plan)
 
