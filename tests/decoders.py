@@ -70,6 +70,7 @@ def run_graph(
     mask_BT: torch.Tensor,
     positions_BS: torch.Tensor,
     past: Sequence[torch.Tensor],
+    **steering: np.ndarray,
 ) -> dict[str, np.ndarray]:
     """All outputs by name. `past` in the order key 0, value 0, key 1, …: the graph's order of inputs."""
     feeds = {
@@ -77,6 +78,7 @@ def run_graph(
         "attention_mask": mask_BT.numpy(),
         "position_ids": positions_BS.numpy(),
     }
+    feeds |= steering
     caches = [value.name for value in runner.get_inputs() if value.name not in feeds]
     assert [name.endswith(("key", "keys")) for name in caches] == [True, False] * (len(caches) // 2)
     feeds |= {name: tensor.numpy() for name, tensor in zip(caches, past, strict=True)}
