@@ -17,6 +17,7 @@ from engines.profiles import ProfileLimits, derive_profiles, explicit_profiles
 from engines.sidecar import ENGINE_SUFFIX, Binding, EngineRecord, Profile, sidecar_of
 from engines.trt.build import EngineSource, build_engine, check_can_build
 from engines.trt.network import RequiredConstant
+from graph_passes.insertion import without_strength_default
 from graph_passes.interface import Port, graph_inputs, graph_outputs
 from graph_passes.onnx_file import external_files, read_graph
 from graph_passes.plan_names import FINGERPRINT_KEY, PLAN_KEY, check_steering_whole, metadata
@@ -38,6 +39,8 @@ CONSUMERS = {
     "project.nothing": "ELEMENTWISE SUB",
 }
 """What must compute with each constant of an edit in the parsed network; `docs/plan.md` defines the operations."""
+SCALED = "ELEMENTWISE PROD"
+"""What computes with a vector whose strength is an input of the graph."""
 FLOATS = ("float32", "float16", "bfloat16")
 UNNAMED = "?"
 """How `graph_passes.interface` shows a dimension without number and name."""
@@ -186,8 +189,9 @@ def engine_source(graph: Path, content: ModelProto | None = None) -> EngineSourc
     file that is missing, damaged, or lacks its external data or some of its steering, `UnsupportedError` for one
     that computes nothing in floating point or reads what is no tensor.
     """
-    model = read_graph(graph) if content is None else content
-    check_steering_whole(model)
+    stored = read_graph(graph) if content is None else content
+    check_steering_whole(stored)
+    model = without_strength_default(stored)
     inputs = tuple(_binding(port) for port in graph_inputs(model))
     outputs = tuple(_binding(port) for port in graph_outputs(model))
     precision = next((port.dtype for port in (*outputs, *inputs) if port.dtype in FLOATS), None)
@@ -201,7 +205,7 @@ def engine_source(graph: Path, content: ModelProto | None = None) -> EngineSourc
         identity=_identity(graph, model) if content is None else {"file": graph.name},
         constants=_required_constants(model),
         plan_sha256=metadata(model).get(PLAN_KEY),
-        content=None if content is None else content.SerializeToString(),
+        content=None if content is None and model is stored else model.SerializeToString(),
     )
 
 
@@ -239,14 +243,18 @@ def _binding(port: Port) -> Binding:
 def _required_constants(model: ModelProto) -> tuple[RequiredConstant, ...]:
     """The constants of every edit, in the order in which the graph's nodes read them: that in which edits act."""
     tensors = edit_initializers(model)
+    readers = {
+        name: node.op_type for node in reversed(model.graph.node) for name in node.input if name in tensors
+    }
     read = [name for node in model.graph.node for name in node.input if name in tensors]
-    return tuple(_required(tensors[name]) for name in dict.fromkeys([*read, *tensors]))
+    ordered = dict.fromkeys([*read, *tensors])
+    return tuple(_required(tensors[name], readers.get(name)) for name in ordered)
 
 
-def _required(tensor: TensorProto) -> RequiredConstant:
+def _required(tensor: TensorProto, reader: str | None) -> RequiredConstant:
     """A steering constant and what must compute with it; scalars (what is added elsewhere) are never refitted."""
     _, _, _, op, _, key = tensor.name.split(".")
-    consumer = CONSUMERS.get(f"{op}.{key}")
+    consumer = SCALED if (key, reader) == ("vector", "Mul") else CONSUMERS.get(f"{op}.{key}")
     if consumer is None:
         raise InputError(f"the graph holds a steering constant of no known operation: {tensor.name!r}")
     values = numpy_helper.to_array(tensor)

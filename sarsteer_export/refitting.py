@@ -18,6 +18,7 @@ from graph_passes.insertion import by_anchor
 from graph_passes.names import edit_names
 from graph_passes.onnx_file import read_graph
 from graph_passes.refit import plan_constants, refit_model
+from graph_passes.selection import STRENGTH_INPUT
 from graph_passes.steering_in import edit_initializers
 from sarsteer_export.bundle.manifest import FORMAT, MANIFEST
 from sarsteer_export.patching import check_output_name, write_decoder
@@ -120,7 +121,8 @@ def engine_constants(
         fingerprint=fingerprint,
         force=force,
     )
-    constants = plan_constants(plan, lambda edit: _stream_type(held, edit))
+    baked = all(binding.name != STRENGTH_INPUT for binding in record.inputs)
+    constants = plan_constants(plan, lambda edit: _stream_type(held, edit), baked=baked)
     if odd := sorted(held.keys() ^ constants.keys()):
         side = "the engine" if odd[0] in held else "the plan"
         raise InputError(
@@ -154,7 +156,7 @@ class _Places:
 
 def _stream_type(held: Mapping[str, NetworkConstant], edit: str) -> int:
     """The element type of the stream at an edit, as its constants show it."""
-    shown = held.get(f"{edit}.vector") or held.get(f"{edit}.nothing")
+    shown = held.get(f"{edit}.nothing") or held.get(f"{edit}.vector")
     return TensorProto.DataType.Value(ELEM_TYPES[shown.dtype]) if shown else int(TensorProto.FLOAT)
 
 

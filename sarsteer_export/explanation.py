@@ -1,0 +1,69 @@
+"""`patch --explain`: the form of every edit, why it has that form, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from calibration.plan import SteeringPlan
+from graph_passes.forms import cost
+from graph_passes.lowering import StreamType
+
+if TYPE_CHECKING:
+    from graph_passes.patch import PatchResult
+
+PREFILL = 512
+"""Positions of the prefill that costs are shown for; decode has one."""
+
+
+def explain(result: PatchResult, plan: SteeringPlan) -> list[dict[str, Any]]:
+    """Per edit made: where it stands, its form, why, and FLOPs and bytes of a decode step and of a prefill.
+
+    Bytes are what nodes read and write when each runs by itself; a runtime that fuses them moves fewer.
+    """
+    entries = []
+    for edit in result.edits:
+        elem_bytes = StreamType(result.stream.elem_type_of(edit.anchor)).numpy_dtype.itemsize
+        costs = {
+            phase: dataclasses.asdict(
+                cost(
+                    plan.edits[edit.number],
+                    edit.form,
+                    hidden_size=plan.hidden_size,
+                    elem_bytes=elem_bytes,
+                    sequence=sequence,
+                )
+            )
+            for phase, sequence in (("decode", 1), (f"prefill of {PREFILL}", PREFILL))
+        }
+        entries.append(dataclasses.asdict(edit) | {"form": edit.form.value, "cost": costs})
+    return entries
+
+
+def explanation_text(entries: list[dict[str, Any]]) -> str:
+    """A line per edit, and one of the sum."""
+    lines = []
+    for entry in entries:
+        scope = f" in {entry['scope']}" if entry["scope"] else ""
+        lines.append(
+            f"block {entry['layer']:3}  {entry['site']:18} {entry['op']:8} {entry['positions']:9} "
+            f"{entry['form']}{scope}: {entry['why']}; {_costs(entry['cost'])}"
+        )
+    total = {
+        phase: {key: sum(entry["cost"][phase][key] for entry in entries) for key in ("flops", "bytes")}
+        for phase in (entries[0]["cost"] if entries else ())
+    }
+    return "\n".join([*lines, f"all edits, batch 1: {_costs(total)}"])
+
+
+def _costs(costs: dict[str, dict[str, int]]) -> str:
+    return ", ".join(
+        f"{phase} {_short(found['flops'])}FLOP {_short(found['bytes'])}B" for phase, found in costs.items()
+    )
+
+
+def _short(number: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number} "
