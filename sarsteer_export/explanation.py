@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from calibration.plan import SteeringPlan
 from graph_passes.forms import cost
 from graph_passes.lowering import StreamType
 
 if TYPE_CHECKING:
+    from calibration.plan import SteeringPlan
     from graph_passes.patch import PatchResult
 
 PREFILL = 512

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 import pytest
 import torch
+from onnx import TensorProto
 
 from calibration.plan import Add, Edit, Positions, Project, Site, SteeringPlan
 from graph_passes.forms import Cost, Form, cost
 from graph_passes.fused_norms import is_fused
+from graph_passes.lowering import StreamType, lower
 from graph_passes.patch import patch_model
-from graph_passes.selection import SteeringInputs, StrengthInput
+from graph_passes.selection import Selection, SteeringInputs, StrengthInput
 from graph_passes.unpatch import unpatch_model
 from tests import tiny_lalm
 from tests.conftest import one_edit, plan_of, random_basis, random_vector
@@ -137,28 +142,51 @@ def test_the_unused_bias_of_a_fused_norm_is_bit_equal_to_the_addition_it_saves(
     assert unpatch_model(result.model) == fused_decoder.proto
 
 
-ADD = Add(0, random_vector(8, seed=0))
-PROJECT = Project(0, random_basis(8, 2, seed=0), random_vector(8, seed=1))
+SEQUENCE, NARROW = 3, 8
+ADD = Add(0, random_vector(NARROW, seed=0))
+PROJECT = Project(0, random_basis(NARROW, 2, seed=0), random_vector(NARROW, seed=1))
+BARE = Project(0, random_basis(NARROW, 2, seed=0))
+MASK, ROW = gs.Variable("mask", dtype=np.bool_), gs.Variable("row", dtype=np.int64)
+LOWERED = [
+    (ADD, Form.ADD, Selection()),
+    (ADD, Form.SELECTED_ADD, Selection(MASK)),
+    (PROJECT, Form.PROJECTION, Selection()),
+    (BARE, Form.PROJECTION, Selection()),
+    (PROJECT, Form.SELECTED_PROJECTION, Selection(MASK)),
+    (PROJECT, Form.GATHERED_PROJECTION, Selection(MASK, ROW)),
+]
 
 
-@pytest.mark.parametrize(
-    ("edit", "form", "expected"),
-    [
-        (ADD, Form.PROJECTION_BIAS, Cost(0, 0)),  # two constants, added when the graph is loaded
-        (ADD, Form.NORM_BIAS, Cost(3 * 8, 8 * 4)),  # one sum each, the vector is read
-        (ADD, Form.ADD, Cost(3 * 8, 8 * 4 + 2 * 3 * 8 * 4)),  # the stream is read and written
-        (
-            ADD,
-            Form.SELECTED_ADD,
-            Cost(3 * 8, 8 * 4 + 2 * 3 * 8 * 4 + 3 + 2 * 3 * 8 * 4),
-        ),  # and the selected term
-        (PROJECT, Form.GATHERED_PROJECTION, Cost(4 * 8 * 2 + 8 + 3 * 8, 736)),
-        (PROJECT, Form.PROJECTION, Cost(3 * 4 * 8 * 2 + 3 * 8 + 3 * 8, 848)),
-    ],
-)
-def test_costs_are_those_of_the_nodes(edit: Edit, form: Form, expected: Cost) -> None:
-    """Three positions of width 8, float32; the projection's products have rank 2."""
-    assert cost(edit, form, hidden_size=8, elem_bytes=4, sequence=3) == expected
+@pytest.mark.parametrize(("edit", "form", "selection"), LOWERED, ids=[form.name for _, form, _ in LOWERED])
+def test_costs_are_what_the_nodes_read_write_and_compute(
+    edit: Edit, form: Form, selection: Selection
+) -> None:
+    """Counted anew from the inferred shapes of the very nodes that insertion writes."""
+    hidden = gs.Variable("hidden", dtype=np.float32, shape=(1, SEQUENCE, NARROW))
+    lowered = lower(edit, "edit", hidden, StreamType(TensorProto.FLOAT), selection)
+    MASK.shape, ROW.shape = (1, SEQUENCE, 1), (1, 1, 1)
+    graph = gs.Graph(lowered.nodes, inputs=[hidden, MASK, ROW], outputs=[lowered.output], opset=17)
+    model = onnx.shape_inference.infer_shapes(gs.export_onnx(graph, do_type_check=False), data_prop=True)
+    values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
+    shapes |= {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    width = {"mask": 1, "row": 8}
+    flops = bytes_moved = 0
+    for node in model.graph.node:
+        bytes_moved += sum(
+            math.prod(shapes[name]) * width.get(name, 4) for name in (*node.input, *node.output)
+        )
+        if node.op_type in ("Add", "Sub"):
+            flops += math.prod(shapes[node.output[0]])
+        elif node.op_type == "MatMul":
+            flops += 2 * math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
+    assert cost(edit, form, hidden_size=NARROW, elem_bytes=4, sequence=SEQUENCE) == Cost(flops, bytes_moved)
+
+
+def test_biases_cost_next_to_nothing() -> None:
+    sizes = {"hidden_size": NARROW, "elem_bytes": 4, "sequence": SEQUENCE}
+    assert cost(ADD, Form.PROJECTION_BIAS, **sizes) == Cost(0, 0)
+    assert cost(ADD, Form.NORM_BIAS, **sizes) == Cost(SEQUENCE * NARROW, NARROW * 4)
 
 
 def test_a_projection_never_costs_the_square_of_the_width() -> None:
