@@ -24,7 +24,7 @@ def command(path: Path, as_json: bool) -> None:
     Example:
       sarsteer-export inspect build/pocket_lalm/onnx/decoder_model_merged.onnx
     """
-    from sarsteer_export.inspection import inspect
+    from sarsteer_export.inspection.inspect import inspect
 
     found = inspect(path)
     emit(found.content, found.text, as_json=as_json)
