@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 from calibration.errors import InputError, UnsupportedError
@@ -10,7 +9,7 @@ from engines.backends import find_backend
 from engines.opening import open_decoder
 from engines.sidecar import EngineRecord, sidecar_of
 from sarsteer_export.bundle.manifest import file_sha256
-from sarsteer_export.inspection.found import Inspection
+from sarsteer_export.inspection.found import Inspection, alike
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,12 +39,12 @@ def inspect_engine(path: Path) -> Inspection:
         f"plan        {record.plan_sha256 or 'none: the graph was not steered'}",
         f"refit       {record.refit.reason or f'{len(record.refit.constants)} constants'}",
         opened,
-        *_alike("input   ", {item.name: item.signature for item in record.inputs}),
-        *_alike("output  ", {item.name: item.signature for item in record.outputs}),
+        *alike("input   ", {item.name: item.signature for item in record.inputs}),
+        *alike("output  ", {item.name: item.signature for item in record.outputs}),
     ]
     for profile in record.profiles:
         lines.append(f"profile {profile.name}")
-        lines += _alike("  ", {name: str(shapes) for name, shapes in profile.shapes.items()})
+        lines += alike("  ", {name: str(shapes) for name, shapes in profile.shapes.items()})
     lines.append(f"steering: {len(record.steering)} constants" if record.steering else "steering: none")
     lines += [
         f"  {constant.name}  {constant.dtype} {list(constant.shape)} -> {constant.consumer} {constant.consumer_layer}"
@@ -53,13 +52,3 @@ def inspect_engine(path: Path) -> Inspection:
     ]
     lines += [f"builder: {line}" for line in record.warnings]
     return Inspection({"kind": "engine", **record.to_json(), "opened": opened}, "\n".join(lines))
-
-
-def _alike(prefix: str, entries: dict[str, str]) -> list[str]:
-    """A line per run of entries that say the same: a decoder has dozens of cache inputs."""
-    lines = []
-    for text, run in itertools.groupby(entries, key=lambda name: entries[name]):
-        names = list(run)
-        shown = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
-        lines.append(f"{prefix}{shown}: {text}")
-    return lines

@@ -11,7 +11,9 @@ from graph_passes.onnx_file import external_files, read_graph
 from graph_passes.patch import metadata
 from graph_passes.residual_stream import find_residual_stream
 from graph_passes.steering_in import steering_constants
-from sarsteer_export.inspection.found import Inspection
+from graph_passes.stream_table import stream_table
+from sarsteer_export.inspection.found import Inspection, alike
+from sarsteer_export.inspection.stream_text import table_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,8 +32,8 @@ def inspect_graph(path: Path) -> Inspection:
         "metadata": metadata(model),
         "steering": [dataclasses.asdict(constant) for constant in constants],
     }
-    lines = [f"input   {port}" for port in graph_inputs(model)]
-    lines += [f"output  {port}" for port in graph_outputs(model)]
+    lines = alike("input   ", {port.name: port.signature for port in graph_inputs(model)})
+    lines += alike("output  ", {port.name: port.signature for port in graph_outputs(model)})
     lines += [f"{key}: {value}" for key, value in metadata(model).items()]
     try:
         stream = find_residual_stream(model)
@@ -39,13 +41,15 @@ def inspect_graph(path: Path) -> Inspection:
         content["stream"] = None
         lines.append(f"no residual stream: {error}")
     else:
+        table = stream_table(model, stream)
         content["stream"] = dataclasses.asdict(stream)
-        lines.append(f"residual stream: {len(stream.blocks)} blocks of width {stream.hidden_size}")
-        lines += [f"  block {block.index:3}  {block.input} -> {block.output}" for block in stream.blocks]
-        lines.append(f"  final norm  {stream.final_norm_output}")
+        content["sites"] = [dataclasses.asdict(row) for row in table.rows]
+        content["shared"] = [dataclasses.asdict(node) for node in table.shared]
+        lines += table_lines(table)
     lines.append(f"steering: {len(constants)} constants" if constants else "steering: none")
-    lines += [
-        f"  {constant.name}  {constant.elem_type} {list(constant.shape)}  norm {constant.norm:.4g}"
-        for constant in constants
-    ]
+    if content["stream"] is None:  # otherwise the table has them where they act
+        lines += [
+            f"  {constant.name}  {constant.elem_type} {list(constant.shape)}  norm {constant.norm:.4g}"
+            for constant in constants
+        ]
     return Inspection(content, "\n".join(lines))
