@@ -48,15 +48,17 @@ def patch_model(
     *,
     force: bool = False,
     last_from: LastFrom = LastFrom.ATTENTION_MASK,
+    stream: ResidualStream | None = None,
 ) -> PatchResult:
     """Insert `plan` into a decoder graph; `model` itself is left as it is.
 
-    Requires a decoder graph in topological order whose residual stream can be found. Ensures the same
+    Requires a decoder graph in topological order whose residual stream can be found, or is given as `stream`,
+    checked by `check_sites`. Ensures the same
     interface, as many edits as the plan has, and that every edit is read. External data is only referred
     to. Raises `SiteNotFoundError` when there is no residual stream, `InputError` when the plan does not fit
     (or, unless `force`, was made for another model) or the graph is steered already.
     """
-    stream = find_residual_stream(model)
+    stream = find_residual_stream(model) if stream is None else stream
     check_plan_fits(
         plan,
         hidden_size=stream.hidden_size,

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 from calibration.errors import InputError
 from calibration.plan import SteeringPlan
+from graph_passes.named_sites import check_sites
 from graph_passes.onnx_file import copy_external_data, external_files, read_graph, write_graph
 from graph_passes.patch import LastFrom, PatchResult, patch_model
+from graph_passes.sites_file import read_sites
 from sarsteer_export.staging import staged_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+    from graph_passes.residual_stream import ResidualStream
 
 
 def patch(
@@ -22,20 +26,32 @@ def patch(
     *,
     force: bool = False,
     last_from: LastFrom = LastFrom.ATTENTION_MASK,
+    sites: str | Path | None = None,
     overwrite: bool = False,
 ) -> PatchResult:
     """Write the steered decoder beside `decoder`, sharing its external data, or elsewhere with a copy of it.
 
-    Weights are never loaded. Raises `InputError` for bad input, `SiteNotFoundError` when the graph has no
-    residual stream to be found.
+    Weights are never loaded. `sites`: a sites file, instead of finding the residual stream. Raises `InputError`
+    for bad input, `SiteNotFoundError` when the graph has no residual stream to be found.
     """
     source, target = Path(decoder), Path(output)
     graph = read_graph(source)
     chosen = plan if isinstance(plan, SteeringPlan) else SteeringPlan.load(plan)
     check_output_name(graph, target)
-    result = patch_model(graph, chosen, force=force, last_from=last_from)
+    stream = None if sites is None else read_checked_sites(graph, sites)
+    result = patch_model(graph, chosen, force=force, last_from=last_from, stream=stream)
     write_decoder(result.model, source, target, overwrite=overwrite)
     return result
+
+
+def read_checked_sites(graph: ModelProto, path: str | Path) -> ResidualStream:
+    """The stream of a sites file. Raises `InputError` when the file is wrong or `graph` has no such sites."""
+    stream = read_sites(path)
+    try:
+        check_sites(graph, stream)
+    except InputError as error:
+        raise InputError(f"sites file {path}: {error}") from None
+    return stream
 
 
 def check_output_name(graph: ModelProto, target: Path) -> None:

@@ -25,10 +25,23 @@ if TYPE_CHECKING:
     show_default=True,
     help="Where the last position of a row is read from; `sequence` is wrong for rows padded on the right.",
 )
+@click.option(
+    "--sites",
+    type=FILE,
+    default=None,
+    help="Sites file that says where the blocks are, instead of finding them; `inspect --sites` writes one.",
+)
 @force_option
 @overwrite_option
 def command(
-    decoder: Path, plan: Path, output: Path, last_from: str, force: bool, overwrite: bool, as_json: bool
+    decoder: Path,
+    plan: Path,
+    output: Path,
+    last_from: str,
+    sites: Path | None,
+    force: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Bake a plan into the ONNX decoder DECODER. Weights are not touched.
 
@@ -41,7 +54,9 @@ def command(
     from graph_passes.patch import LastFrom
     from sarsteer_export.patching import patch
 
-    result = patch(decoder, plan, output, force=force, last_from=LastFrom(last_from), overwrite=overwrite)
+    result = patch(
+        decoder, plan, output, force=force, last_from=LastFrom(last_from), sites=sites, overwrite=overwrite
+    )
     edits = [dataclasses.asdict(edit) for edit in result.edits]
     lines = [
         f"block {edit.layer:3}  {edit.site.value:18} {edit.op:8} {edit.positions.value:5} at {edit.anchor}"
