@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from calibration.errors import InputError
+from graph_passes.block_structure import reshaped
 from graph_passes.fused_norms import split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe
-from graph_passes.residual_stream import TRANSPARENT_OPS, is_steering
+from graph_passes.residual_stream import is_steering
 from graph_passes.sites_file import ELEMENT_TYPES, FORMAT, VERSION
 from graph_passes.stream_table import dtype_name
 from graph_passes.tensor_types import recorded_types
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 RANK = 3
 """B, S, D."""
-FORM_OPS = TRANSPARENT_OPS | {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
-"""What changes the form of a tensor and none of its values."""
 NO_JOINS = MATMUL_OPS | {"Expand", "Reshape", "Slice", "Tile", "Where"}
 """What reads several computed tensors and adds none to another."""
 MASK, MASK_RANK = "attention_mask", 2
@@ -116,7 +115,7 @@ def _joins(index: GraphIndex) -> dict[str, NodeProto]:
         if is_steering(node) or node.op_type in NO_JOINS or len(computed) < 2:
             continue
         for skip in computed:
-            origin = _reshaped(index, skip)
+            origin = reshaped(index, skip)
             start = index.bit(origin) | starts.get(origin, 0)
             if all(index.ancestors_through_matmul(name) & start for name in computed if name != skip):
                 if starts.get(origin) and len(index.consumers[origin]) == 1:
@@ -124,13 +123,6 @@ def _joins(index: GraphIndex) -> dict[str, NodeProto]:
                 found[node.output[0]], starts[node.output[0]] = node, start
                 break
     return found
-
-
-def _reshaped(index: GraphIndex, tensor: str) -> str:
-    """The tensor of which `tensor` is another form."""
-    while (node := index.producer_of(tensor)) is not None and node.op_type in FORM_OPS:
-        tensor = node.input[0]
-    return tensor
 
 
 def _forms(index: GraphIndex, tensor: str) -> list[str]:

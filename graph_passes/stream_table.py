@@ -9,7 +9,7 @@ from onnx import helper
 
 from calibration.plan import Site
 from graph_passes.edits_in_graph import EditInGraph, SteeringReader
-from graph_passes.fused_norms import is_fused, split_fused_norms, sum_name
+from graph_passes.fused_norms import fused_sums, split_fused_norms
 from graph_passes.graph_index import GraphIndex
 from graph_passes.residual_stream import STEERED_PREFIX, UNSTEERED_PREFIX, is_steering
 
@@ -61,7 +61,7 @@ def stream_table(model: ModelProto, stream: ResidualStream) -> StreamTable:
 class _Table:
     def __init__(self, model: ModelProto, stream: ResidualStream) -> None:
         self.stream = stream
-        self.origins = _fused_nodes(model)
+        self.origins = fused_sums(model)
         self.index = GraphIndex(split_fused_norms(model).graph)
         self.names = {node.name for node in model.graph.node}
         self.outputs = {value.name for value in model.graph.output}
@@ -127,12 +127,3 @@ class _Table:
 def dtype_name(elem_type: int) -> str:
     """An ONNX element type as numpy and people call it: `float16`."""
     return str(helper.tensor_dtype_to_np_dtype(elem_type).name)
-
-
-def _fused_nodes(model: ModelProto) -> dict[str, NodeProto]:
-    """The fused node behind each sum that is split off it, for reading only; a file never had these sums as nodes."""
-    found: dict[str, NodeProto] = {}
-    for node in model.graph.node:
-        if is_fused(node):
-            found[sum_name(node)] = found[sum_name(node) + ".unbiased"] = node
-    return found
