@@ -6,6 +6,7 @@ first matrix product, from there to its last one, and behind that; norms are tol
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -93,7 +94,7 @@ def final_norm(model: ModelProto, stream: ResidualStream) -> Part | None:
     index = GraphIndex(split_fused_norms(model).graph)
     end = _source(index, stream.blocks[-1].output)
     output = _source(index, stream.final_norm_output)
-    nodes = _members(index, output, index.ancestors(end), index.bit(end))
+    nodes = _members(index, output, index.ancestors(end), end)
     return _norm(nodes) or Part("norm", "final norm", (_listed(nodes),))
 
 
@@ -135,7 +136,7 @@ def _skip(index: GraphIndex, terms: Sequence[str]) -> str | None:
 
 
 def _sum(index: GraphIndex, node: NodeProto, skip: str, terms: Sequence[str]) -> ResidualSum:
-    before, start = index.ancestors(skip), index.bit(reshaped(index, skip))
+    before, start = index.ancestors(skip), reshaped(index, skip)
     branches = [_Branch(index, term, before, start) for term in terms]
     common = branches[0].before if len(branches) > 1 else []
     shared = _norm(common) if all(branch.before == common for branch in branches) else None
@@ -150,7 +151,7 @@ def _sum(index: GraphIndex, node: NodeProto, skip: str, terms: Sequence[str]) ->
 class _Branch:
     """The nodes of a branch that depend on the stream, in its three parts."""
 
-    def __init__(self, index: GraphIndex, output: str, before: int, start: int) -> None:
+    def __init__(self, index: GraphIndex, output: str, before: int, start: str) -> None:
         self.index = index
         self.own = index.ancestors(output) & ~before
         members = _members(index, output, before, start)
@@ -207,17 +208,18 @@ def _is_product(node: NodeProto) -> bool:
     return node.op_type in MATMUL_OPS or "Attention" in node.op_type
 
 
-def _members(index: GraphIndex, output: str, before: int, start: int) -> list[NodeProto]:
-    """The decoder's nodes that `output` depends on, that depend on the values of `start`, and that `before` has not."""
+def _members(index: GraphIndex, output: str, before: int, start: str) -> list[NodeProto]:
+    """The decoder's nodes that carry values of `start` on to `output` and that `before` has not.
+
+    What depends on the shape of `start` alone, as masks and positions do, is no part of a branch.
+    """
     own = index.ancestors(output) & ~before
-    members, of_shapes = [], set(index.constants)
+    members, carriers = [], {start}
     for position, node in enumerate(index.nodes):
-        if not own >> position & 1 or is_steering(node) or not index.ancestors(node.output[0]) & start:
-            continue
-        if node.op_type == "Shape" or all(name in of_shapes for name in node.input if name):
-            of_shapes.update(node.output)
-        else:
-            members.append(node)
+        if own >> position & 1 and node.op_type != "Shape" and not carriers.isdisjoint(node.input):
+            carriers.update(node.output)
+            if not is_steering(node):
+                members.append(node)
     return members
 
 
@@ -237,4 +239,5 @@ def _listed(nodes: Sequence[NodeProto]) -> str:
     ops = [node.op_type for node in nodes if node.op_type not in FORM_OPS]
     while ops[:1] == ["Add"]:  # the bias of the product before a norm that stands behind a branch
         ops = ops[1:]
-    return ", ".join(ops)
+    runs = [(op, len(list(run))) for op, run in itertools.groupby(ops)]
+    return ", ".join(op if count == 1 else f"{count} {op}" for op, count in runs)

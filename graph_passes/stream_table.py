@@ -11,7 +11,7 @@ from calibration.plan import Site
 from graph_passes.edits_in_graph import EditInGraph, SteeringReader
 from graph_passes.fused_norms import fused_sums, split_fused_norms
 from graph_passes.graph_index import GraphIndex
-from graph_passes.residual_stream import STEERED_PREFIX, UNSTEERED_PREFIX, is_steering
+from graph_passes.residual_stream import STEERED_PREFIX, STEERING_PREFIX, UNSTEERED_PREFIX, is_steering
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -28,6 +28,20 @@ class NodeName:
 
     op: str
     name: str
+
+
+@dataclass(frozen=True)
+class SharedNode:
+    """An inserted node that belongs to no edit, and the graph inputs it reads."""
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """What it is part of, as `last` for the mask of last positions."""
+        return self.name.removeprefix(STEERING_PREFIX).partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ class StreamTable:
     hidden_size: int
     dtype: str
     rows: tuple[SiteRow, ...]
-    shared: tuple[NodeName, ...]
+    shared: tuple[SharedNode, ...]
 
 
 def stream_table(model: ModelProto, stream: ResidualStream) -> StreamTable:
@@ -80,7 +94,11 @@ class _Table:
             dtype=dtype_name(self.stream.elem_type),
             rows=tuple(self._row(layer, site) for layer, site in sites),
             shared=tuple(
-                NodeName(node.op_type, node.name) for node in self.reader.shared() if node.name in self.names
+                SharedNode(
+                    node.op_type, node.name, tuple(name for name in node.input if name in self.index.inputs)
+                )
+                for node in self.reader.shared()
+                if node.name in self.names
             ),
         )
 

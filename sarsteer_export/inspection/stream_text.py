@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from graph_passes.edits_in_graph import EditConstant, EditInGraph
     from graph_passes.stream_table import NodeName, SiteRow, StreamTable
 
-NAME_WIDTH = 40
+NAME_WIDTH = 36
 """Longer names lose their beginning: the end tells one node of an exporter from another."""
 SHOWN = 4
 """Readers of a tensor that are named; the rest are counted."""
@@ -51,10 +51,12 @@ def edit_text(edit: EditInGraph) -> str:
 
 
 def constant_text(constant: EditConstant) -> str:
-    """A constant by its key, shape and norm."""
-    shape = "x".join(map(str, constant.shape)) or "scalar"
-    norm = "in external data" if constant.norm is None else f"norm {constant.norm:.4g}"
-    return f"{constant.key} {shape} {norm}"
+    """A constant by its key, shape and norm; a scalar by its magnitude."""
+    if constant.norm is None:
+        return f"{constant.key} in external data"
+    if not constant.shape:
+        return f"{constant.key} {constant.norm:.4g}"
+    return f"{constant.key} {'x'.join(map(str, constant.shape))} norm {constant.norm:.4g}"
 
 
 def _repeats(row: SiteRow, table: StreamTable) -> bool:
