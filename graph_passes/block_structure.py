@@ -216,9 +216,12 @@ def _members(index: GraphIndex, output: str, before: int, start: str) -> list[No
     own = index.ancestors(output) & ~before
     members, carriers = [], {start}
     for position, node in enumerate(index.nodes):
-        if own >> position & 1 and node.op_type != "Shape" and not carriers.isdisjoint(node.input):
+        inside = bool(own >> position & 1)
+        if not (inside or node.op_type in FORM_OPS) or carriers.isdisjoint(node.input):
+            continue
+        if node.op_type != "Shape":
             carriers.update(node.output)
-            if not is_steering(node):
+            if inside and not is_steering(node):
                 members.append(node)
     return members
 
