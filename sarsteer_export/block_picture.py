@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MARGIN, GAP, TOP = 24, 24, 106
 TRUNK = 40
 """How far the trunk stands from the left edge of its panel."""
-BRANCH, BOX_WIDTH, BOX_GAP = 56, 272, 16
+BRANCH, BOX_WIDTH, BOX_GAP = 56, 280, 16
 """Where branches begin right of the trunk; the width of a box; what separates branches of parallel blocks."""
 LINE = 16
 EDIT_WIDTH, OP_WIDTH, ROW = 452, 78, 34
