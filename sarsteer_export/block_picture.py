@@ -25,7 +25,7 @@ TRUNK = 40
 BRANCH, BOX_WIDTH, BOX_GAP = 56, 280, 16
 """Where branches begin right of the trunk; the width of a box; what separates branches of parallel blocks."""
 LINE = 16
-EDIT_WIDTH, OP_WIDTH, ROW = 452, 78, 34
+EDIT_WIDTH, OP_WIDTH, ROW = 470, 78, 34
 UNREAD = ("its wiring was not understood",)
 SIGNS = {"Add": "+", "Sub": "−", "Sum": "+", "Mul": "×"}
 
@@ -60,7 +60,7 @@ def draw_block(view: BlockView) -> str:
     drawing = Drawing(
         f"Block {view.layer} of {view.name}",
         f"Decoder block {view.layer} of {view.blocks} as a trunk with branches"
-        + (f", before and after {len(view.edits)} edits." if steered else "; it is not steered."),
+        + (f", before and after its edits: {len(view.edits)}." if steered else "; it is not steered."),
     )
     panels = [(plain, False), (wide, True)] if steered else [(plain, False)]
     bottom = max(_Panel(Drawing("", ""), view, 0, width, edits=edits).draw() for width, edits in panels)
@@ -201,7 +201,7 @@ class _Panel:
         draw.text((x, self.y + 19), f"{edit.op} · {place}", "edit-title", size=13)
         title = text_width(f"{edit.op} · {place}", 13) + 16
         room = EDIT_WIDTH - title - 10
-        draw.text((x + title, self.y + 19), edit.name, "muted", size=10.5, family="mono", width=room)
+        draw.text((x + title, self.y + 19), edit.name, "muted", size=10, family="mono", width=room)
         y = self.y + 30
         for number, node in enumerate(edit.nodes):
             last = number == len(edit.nodes) - 1
@@ -258,13 +258,13 @@ class _Panel:
         for kind in sorted(kinds):
             nodes = [node for node in self.view.shared if node.kind == kind]
             reads = sorted({name for node in nodes if node.op != "Shape" for name in node.inputs})
-            lines = _wrapped([node.op for node in nodes], EDIT_WIDTH + BRANCH, 10.5, joint=" → ")
+            lines = _wrapped([node.op for node in nodes], EDIT_WIDTH + BRANCH - 10, 10.5, joint=" → ")
             height = 30 + LINE * len(lines)
             if self.edits:
                 x = self.trunk - 14
-                self.drawing.rect((x, self.y, EDIT_WIDTH + 28 + BRANCH, height), "mask")
+                self.drawing.rect((x, self.y, EDIT_WIDTH + 14 + BRANCH, height), "mask")
                 title = f"mask {kind}: bool [B, S, 1], made once from {', '.join(reads) or 'the shape of the stream'}"
-                room = EDIT_WIDTH + BRANCH
+                room = EDIT_WIDTH + BRANCH - 10
                 self.drawing.text((x + 12, self.y + 19), title, "strong", size=11.5, width=room)
                 for number, line in enumerate(lines):
                     at = (x + 12, self.y + 37 + LINE * number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
 
 MONO_ADVANCE, SANS_ADVANCE = 0.605, 0.6
 """Width of a character in sizes of the font: exact for the usual monospaced fonts, wide for the others."""
+NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that an XML file cannot hold; names in a graph may have them."""
 FAMILIES = {
     "sans": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif",
     "mono": "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace",
@@ -35,8 +38,8 @@ class Drawing:
             "svg",
             {"xmlns": "http://www.w3.org/2000/svg", "role": "img", "aria-labelledby": "title description"},
         )
-        ElementTree.SubElement(self.root, "title", {"id": "title"}).text = title
-        ElementTree.SubElement(self.root, "desc", {"id": "description"}).text = description
+        for tag, name, text in (("title", "title", title), ("desc", "description", description)):
+            ElementTree.SubElement(self.root, tag, {"id": name}).text = NOT_XML.sub("\ufffd", text)
 
     def rect(self, box: tuple[float, float, float, float], kind: str, *, radius: float = 6) -> None:
         """A box (x, y, width, height)."""
@@ -71,6 +74,7 @@ class Drawing:
         width: float | None = None,
     ) -> None:
         """A line of text with its baseline at `at`; cut to `width`, the whole of it in a tooltip."""
+        text = NOT_XML.sub("\ufffd", text)
         shown = text if width is None else fitted(text, width, size, family)
         element = self._add("text", kind, x=at[0], y=at[1])
         element.set("font-size", _number(size))
