@@ -37,8 +37,9 @@ def command(
 ) -> None:
     """Show what is in PATH: a plan (.safetensors), an ONNX file, an engine (.engine), or a bundle folder.
 
-    An engine is described by its sidecar, and opened too where there is a GPU. Where the sites of a decoder are
-    not found, --sites writes what is known and the nearest candidates, to be completed by hand.
+    Of a decoder: a table of its residual stream, what reads it, and the edits in the order in which they act.
+    Where its sites are not found, --sites writes what is known and the nearest candidates, to be completed by
+    hand. An engine is described by its sidecar, and opened too where there is a GPU.
 
     \b
     Example:
