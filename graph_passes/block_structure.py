@@ -115,12 +115,13 @@ def _source(index: GraphIndex, tensor: str) -> str:
 
 def _terms(index: GraphIndex, node: NodeProto) -> list[str]:
     """What a node joins; a sum of sums, as parallel blocks have it, is taken apart."""
-    terms = []
-    for name in node.input:
+    terms, pending = [], list(node.input)[::-1]
+    while pending:
+        name = pending.pop()
         producer = index.producer_of(name)
         nested = producer is not None and producer.op_type == node.op_type == "Add"
         if nested and producer is not None and len(index.consumers[name]) == 1:
-            terms += _terms(index, producer)
+            pending += list(producer.input)[::-1]
         elif name and index.is_computed(name):
             terms.append(name)
     return terms
@@ -217,6 +218,8 @@ def _members(index: GraphIndex, output: str, before: int, start: str) -> list[No
     members, carriers = [], {start}
     for position, node in enumerate(index.nodes):
         inside = bool(own >> position & 1)
+        if not node.output or not node.output[0]:
+            continue
         if not (inside or node.op_type in FORM_OPS) or carriers.isdisjoint(node.input):
             continue
         if node.op_type != "Shape":

@@ -6,7 +6,6 @@ to one edit. What several edits share, such as the mask of last positions, is to
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ import numpy as np
 from onnx import numpy_helper
 from onnx.external_data_helper import uses_external_data
 
+from calibration.errors import InputError
 from graph_passes.residual_stream import STEERING_PREFIX, is_steering
 from graph_passes.steering_in import edit_of
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
     from graph_passes.graph_index import GraphIndex
+
+MOST_DIGITS = 9
+"""A number of a block that is longer is none."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,11 @@ class SteeringReader:
             if edit_of(self.index.nodes[position].name) is not None:
                 members.add(position)
                 pending += self.index.nodes[position].input
-        grouped: dict[str, list[NodeProto]] = defaultdict(list)
-        for position in sorted(members):
+        grouped: dict[str, list[NodeProto]] = {}
+        for position in sorted(members, reverse=True):  # the order of edits is that of their last nodes
             node = self.index.nodes[position]
-            grouped[edit_of(node.name) or node.name].append(node)
-        order = sorted(grouped, key=lambda name: self.index.producer[grouped[name][-1].output[0]])
-        return tuple(self._edit(name, grouped[name]) for name in order)
+            grouped.setdefault(edit_of(node.name) or node.name, []).append(node)
+        return tuple(self._edit(name, nodes[::-1]) for name, nodes in reversed(grouped.items()))
 
     def edits_within(self, layer: int, site: str) -> tuple[EditInGraph, ...]:
         """The edits at a site that are constants of the decoder's own nodes."""
@@ -116,7 +118,7 @@ class SteeringReader:
         masks = [
             node.input[0]
             for node in nodes
-            if node.op_type == "Where" and node.input[0].startswith(STEERING_PREFIX)
+            if node.op_type == "Where" and node.input and node.input[0].startswith(STEERING_PREFIX)
         ]
         return _edit_named(name, _mask_kind(masks[0]) if masks else "all", members, inserted=True)
 
@@ -141,8 +143,11 @@ class SteeringReader:
     def _constant(self, tensor: TensorProto) -> EditConstant:
         dtype, norm = "external", None
         if not uses_external_data(tensor):
-            values = numpy_helper.to_array(tensor)
-            dtype, norm = str(values.dtype), float(np.linalg.norm(values.astype(np.float64)))
+            try:
+                values = numpy_helper.to_array(tensor)
+                dtype, norm = str(values.dtype), float(np.linalg.norm(values.astype(np.float64)))
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"the steering constant {tensor.name!r} is damaged ({error})") from error
         return EditConstant(tensor.name, dtype, tuple(tensor.dims), norm)
 
     def _read_by_decoder_nodes(self) -> tuple[EditInGraph, ...]:
@@ -163,7 +168,7 @@ def _edit_named(name: str, positions: str, nodes: tuple[EditNode, ...], *, inser
     _, layer, site, op, *_ = [*name.split("."), "", "", ""]
     return EditInGraph(
         name=name,
-        layer=int(layer) if layer.isdigit() else None,
+        layer=int(layer) if layer.isdecimal() and len(layer) < MOST_DIGITS else None,
         site=site or None,
         op=op or "edit",
         positions=positions,

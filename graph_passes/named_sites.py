@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -112,7 +113,7 @@ def _joins(index: GraphIndex) -> dict[str, NodeProto]:
     starts: dict[str, int] = {}
     for node in index.nodes:
         computed = [name for name in dict.fromkeys(node.input) if name and index.is_computed(name)]
-        if is_steering(node) or node.op_type in NO_JOINS or len(computed) < 2:
+        if is_steering(node) or node.op_type in NO_JOINS or len(computed) < 2 or not node.output[0]:
             continue
         for skip in computed:
             origin = reshaped(index, skip)
@@ -130,7 +131,9 @@ def _forms(index: GraphIndex, tensor: str) -> list[str]:
     forms = [tensor]
     while len(readers := [index.nodes[position] for position in index.consumers[forms[-1]]]) == 1:
         node = readers[0]
-        if node.op_type in MATMUL_OPS or sum(index.is_computed(name) for name in node.input if name) != 1:
+        if not node.output or not node.output[0] or node.op_type in MATMUL_OPS:
+            break
+        if sum(index.is_computed(name) for name in node.input if name) != 1:
             break
         forms.append(node.output[0])
     return forms
@@ -139,7 +142,8 @@ def _forms(index: GraphIndex, tensor: str) -> list[str]:
 def _types(model: ModelProto, tensors: list[str]) -> dict[str, TypeProto]:
     types = recorded_types(model, tensors)
     if len(types) < len(set(tensors)):
-        types = recorded_types(onnx.shape_inference.infer_shapes(model), tensors)
+        with suppress(onnx.shape_inference.InferenceError, ValueError):  # what stays unknown is not checked
+            types = recorded_types(onnx.shape_inference.infer_shapes(model), tensors)
     return types
 
 

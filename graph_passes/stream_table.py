@@ -144,4 +144,7 @@ class _Table:
 
 def dtype_name(elem_type: int) -> str:
     """An ONNX element type as numpy and people call it: `float16`."""
-    return str(helper.tensor_dtype_to_np_dtype(elem_type).name)
+    try:
+        return str(helper.tensor_dtype_to_np_dtype(elem_type).name)
+    except KeyError:  # a damaged file may say any number
+        return f"type {elem_type}"

@@ -14,9 +14,11 @@ from graph_passes.sites_file import sites_content, write_sites
 from graph_passes.stream_table import stream_table
 from sarsteer_export.block_picture import BlockView, draw_block
 from sarsteer_export.inspection.found import Inspection
-from sarsteer_export.staging import staged_file
+from sarsteer_export.patching import check_output_name
+from sarsteer_export.staging import check_output, staged_file
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from onnx import ModelProto
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 def with_sites_file(found: Inspection, decoder: Path, output: Path, *, overwrite: bool) -> Inspection:
     """Write the sites of an ONNX decoder, or a skeleton with candidates where they are not found, and say so."""
-    model = decoder_graph(decoder, "--sites")
+    model = _graph(decoder)
     content: dict[str, Any]
     try:
         content, said = sites_content(find_residual_stream(model)), "complete"
@@ -45,7 +47,7 @@ def with_picture(
 
     Raises `SiteNotFoundError` when the residual stream is not found, `InputError` when there is no such block.
     """
-    view = block_view(decoder_graph(decoder, "--svg"), decoder.name, layer)
+    view = block_view(_graph(decoder), decoder.name, layer)
     picture = draw_block(view)
     with staged_file(output, overwrite=overwrite) as staged:
         staged.write_text(picture, encoding="utf-8")
@@ -78,8 +80,17 @@ def block_view(model: ModelProto, name: str, layer: int | None) -> BlockView:
     )
 
 
-def decoder_graph(path: Path, option: str) -> ModelProto:
-    """The graph of an ONNX file. Raises `InputError` for anything else."""
+def check_outputs(decoder: Path, outputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Raise `InputError` when one of the files to write exists, is named twice, or is the decoder or its weights."""
+    for number, output in enumerate(outputs):
+        check_output(output, overwrite=overwrite)
+        if output.resolve() in {decoder.resolve(), *(other.resolve() for other in outputs[:number])}:
+            raise InputError(f"{output}: is read, or written twice; name another output")
+        if output.resolve().parent == decoder.resolve().parent:
+            check_output_name(_graph(decoder), output)
+
+
+def _graph(path: Path) -> ModelProto:
     if path.suffix != ".onnx":
-        raise InputError(f"{option} needs an ONNX decoder (.onnx); {path} is none")
+        raise InputError(f"--sites and --svg need an ONNX decoder (.onnx); {path} is none")
     return read_graph(path)

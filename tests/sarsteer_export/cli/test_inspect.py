@@ -173,10 +173,31 @@ def test_a_block_is_drawn(bundle_path: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_drawn_is_refused(bundle_path: Path, disguised: Path, tmp_path: Path) -> None:
     picture = tmp_path / "block.svg"
-    refused(sarsteer("inspect", bundle_path / PLAN, "--svg", picture), "--svg needs an ONNX decoder")
-    refused(sarsteer("inspect", bundle_path / PLAN, "--sites", picture), "--sites needs an ONNX decoder")
+    refused(sarsteer("inspect", bundle_path / PLAN, "--svg", picture), "--svg need an ONNX decoder")
+    refused(
+        sarsteer("inspect", bundle_path / PLAN, "--sites", picture), "--sites and --svg need an ONNX decoder"
+    )
     refused(sarsteer("inspect", bundle_path / STEERED_DECODER, "--block", "1"), "--block", "--svg")
     far = ("inspect", bundle_path / STEERED_DECODER, "--svg", picture, "--block", "3")
     refused(sarsteer(*far), "--block is 3; the decoder has blocks 0 to 2")
     refused(sarsteer("inspect", disguised, "--svg", picture), code=4)
     assert not picture.exists()
+
+
+def test_what_is_read_is_never_written_over(decoder_copy: Path, tmp_path: Path) -> None:
+    before = listing(tmp_path)
+    data = next(file for file in decoder_copy.parent.iterdir() if file != decoder_copy)
+    for option in ("--svg", "--sites"):
+        given = ("inspect", decoder_copy, "--overwrite", option)
+        refused(sarsteer(*given, decoder_copy), str(decoder_copy), "is read, or written twice")
+        refused(sarsteer(*given, data), str(data), "external data")
+    both = ("--svg", tmp_path / "one", "--sites", tmp_path / "one")
+    refused(sarsteer("inspect", decoder_copy, *both), "written twice")
+    assert listing(tmp_path) == before
+
+
+def test_nothing_is_written_when_a_part_cannot_be(disguised: Path, tmp_path: Path) -> None:
+    given = ("inspect", disguised, "--svg", tmp_path / "block.svg", "--sites", tmp_path / "sites.json")
+    before = listing(tmp_path)
+    refused(sarsteer(*given), code=4)
+    assert listing(tmp_path) == before
