@@ -14,7 +14,7 @@ import onnx
 
 from calibration.errors import InputError
 from graph_passes.block_structure import reshaped
-from graph_passes.fused_norms import split_fused_norms
+from graph_passes.fused_norms import ZEROS, split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe
 from graph_passes.residual_stream import is_steering
 from graph_passes.sites_file import ELEMENT_TYPES, FORMAT, VERSION
@@ -113,17 +113,29 @@ def _joins(index: GraphIndex) -> dict[str, NodeProto]:
     starts: dict[str, int] = {}
     for node in index.nodes:
         computed = [name for name in dict.fromkeys(node.input) if name and index.is_computed(name)]
+        computed = [name for name in computed if not name.startswith(ZEROS)]
         if is_steering(node) or node.op_type in NO_JOINS or len(computed) < 2 or not node.output[0]:
             continue
         for skip in computed:
             origin = reshaped(index, skip)
-            start = index.bit(origin) | starts.get(origin, 0)
-            if all(index.ancestors_through_matmul(name) & start for name in computed if name != skip):
-                if starts.get(origin) and len(index.consumers[origin]) == 1:
-                    found.pop(origin, None)
-                found[node.output[0]], starts[node.output[0]] = node, start
-                break
+            others = [name for name in computed if name != skip]
+            if all(index.ancestors_through_matmul(name) & index.bit(origin) for name in others):
+                start = index.bit(origin)
+            elif origin in starts and all(_is_beside(index, name, origin, starts[origin]) for name in others):
+                start = starts[origin]
+                found.pop(origin, None)
+            else:
+                continue
+            found[node.output[0]], starts[node.output[0]] = node, start
+            break
     return found
+
+
+def _is_beside(index: GraphIndex, branch: str, join: str, start: int) -> bool:
+    """Whether a branch is computed from where `join` started, and not from `join` as its norm is."""
+    return bool(
+        index.ancestors_through_matmul(branch) & start and not index.ancestors(branch) & index.bit(join)
+    )
 
 
 def _forms(index: GraphIndex, tensor: str) -> list[str]:

@@ -155,6 +155,22 @@ def test_the_candidates_of_a_disguised_graph_are_its_residual_sums(residual: str
         read_sites(tmp_path / "sites.json")
 
 
+def test_the_candidates_of_any_graph_are_its_residual_sums(standard_decoder: TinyDecoder) -> None:
+    """A graph that is found and one that is not have the same ones, and norms are none of them."""
+    model = standard_decoder.proto
+    stream = find_residual_stream(model)
+    sums = [name for block in stream.blocks for name in adds_of(model, block.adds)]
+    for graph in (model, disguise_residual_adds(model)):
+        assert [candidate["tensor"] for candidate in sites_skeleton(graph, "why")["candidates"]] == sums
+
+
+def test_the_candidates_of_a_fused_graph_are_the_sums_in_its_norms(fused_decoder: TinyDecoder) -> None:
+    candidates = [entry["tensor"] for entry in sites_skeleton(fused_decoder.proto, "why")["candidates"]]
+    outputs = [block.output for block in find_residual_stream(fused_decoder.proto).blocks]
+    assert candidates[1::2] == outputs
+    assert len(candidates) == 2 * len(outputs)
+
+
 def adds_of(model: onnx.ModelProto, described: tuple[str, ...]) -> list[str]:
     return [node.output[0] for node in model.graph.node if f"{node.op_type} {node.name!r}" in described]
 
