@@ -198,7 +198,7 @@ def measure_refit(bundle: Path, decoder: Path, backend: Backend, script: Script,
         refitted = refit(decoder, plan, folder / "refitted" / decoder.name, force=True).output
         seconds = time.perf_counter() - begin
         patched = folder / "rebuilt.onnx"
-        patch(bundle / UNSTEERED_DECODER, plan, patched, force=True)
+        patch(bundle / UNSTEERED_DECODER, plan, patched, PatchSettings(force=True))
         begin = time.perf_counter()
         with runtime.graph(read_graph(patched), patched.parent) as built:
             rebuild_seconds = time.perf_counter() - begin

@@ -16,7 +16,7 @@ PREFILL = 512
 """Positions of the prefill that costs are shown for; decode has one."""
 
 
-def explain(result: PatchResult, plan: SteeringPlan) -> list[dict[str, Any]]:
+def explain_edits(result: PatchResult, plan: SteeringPlan) -> list[dict[str, Any]]:
     """Per edit made: where it stands, its form, why, and FLOPs and bytes of a decode step and of a prefill.
 
     Bytes are what nodes read and write when each runs by itself; a runtime that fuses them moves fewer.
@@ -40,15 +40,21 @@ def explain(result: PatchResult, plan: SteeringPlan) -> list[dict[str, Any]]:
     return entries
 
 
+def edits_text(entries: list[dict[str, Any]]) -> str:
+    """A line per edit: where it stands."""
+    return "\n".join(f"{_heading(entry)} at {entry['anchor']}" for entry in entries)
+
+
+def _heading(entry: dict[str, Any]) -> str:
+    scope = f"  {entry['scope']}" if entry["scope"] else ""
+    return f"block {entry['layer']:3}  {entry['site']:18} {entry['op']:8} {entry['positions']:9}{scope}"
+
+
 def explanation_text(entries: list[dict[str, Any]]) -> str:
     """A line per edit, and one of the sum."""
-    lines = []
-    for entry in entries:
-        scope = f" in {entry['scope']}" if entry["scope"] else ""
-        lines.append(
-            f"block {entry['layer']:3}  {entry['site']:18} {entry['op']:8} {entry['positions']:9} "
-            f"{entry['form']}{scope}: {entry['why']}; {_costs(entry['cost'])}"
-        )
+    lines = [
+        f"{_heading(entry)} {entry['form']}: {entry['why']}; {_costs(entry['cost'])}" for entry in entries
+    ]
     total = {
         phase: {key: sum(entry["cost"][phase][key] for entry in entries) for key in ("flops", "bytes")}
         for phase in (entries[0]["cost"] if entries else ())

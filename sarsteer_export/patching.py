@@ -1,42 +1,102 @@
-"""`patch`: steer a decoder file that exists already."""
+"""`patch` and `unpatch`: steer a decoder file that exists already, and take the steering out again."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from calibration.combine import CombineRule, combine_plans
 from calibration.errors import InputError
 from calibration.plan import SteeringPlan
+from graph_passes.named_sites import check_sites
 from graph_passes.onnx_file import copy_external_data, external_files, read_graph, write_graph
 from graph_passes.patch import PatchResult, patch_model
 from graph_passes.selection import SteeringInputs
+from graph_passes.sites_file import read_sites
+from graph_passes.unpatch import is_steered, unpatch_model
 from sarsteer_export.staging import staged_file
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from onnx import ModelProto
+
+    from graph_passes.residual_stream import ResidualStream
+
+GivenPlan: TypeAlias = "str | Path | SteeringPlan"
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """How a decoder is steered.
+
+    `inputs`: what the steered graph is told at run time. `combine`: what is done where several plans meet. `sites`: a
+    file that says where the blocks are, instead of finding them. `force`: accept plans that were made for another
+    model. `replace`: take out the steering that the graph holds first.
+    """
+
+    inputs: SteeringInputs = SteeringInputs()  # noqa: RUF009 - frozen
+    combine: CombineRule = CombineRule.DISJOINT
+    sites: str | Path | None = None
+    force: bool = False
+    replace: bool = False
 
 
 def patch(
     decoder: str | Path,
-    plan: str | Path | SteeringPlan,
+    plan: GivenPlan | Sequence[GivenPlan],
     output: str | Path,
+    settings: PatchSettings = PatchSettings(),
     *,
-    force: bool = False,
-    inputs: SteeringInputs = SteeringInputs(),  # noqa: B008 - frozen
     overwrite: bool = False,
 ) -> PatchResult:
     """Write the steered decoder beside `decoder`, sharing its external data, or elsewhere with a copy of it.
 
-    Weights are never loaded. Raises `InputError` for bad input, `SiteNotFoundError` when the graph has no
-    residual stream to be found.
+    Weights are never loaded. Several plans become one by the rule that `settings` name. Raises `InputError` for bad
+    input, `SiteNotFoundError` when the graph has no residual stream to be found, `UnsupportedError` when it cannot
+    tell the positions that a plan names.
     """
     source, target = Path(decoder), Path(output)
     graph = read_graph(source)
-    chosen = plan if isinstance(plan, SteeringPlan) else SteeringPlan.load(plan)
+    chosen = load_plans(plan, settings.combine)
     check_output_name(graph, target)
-    result = patch_model(graph, chosen, force=force, inputs=inputs)
+    if settings.replace and is_steered(graph):
+        graph = unpatch_model(graph)
+    stream = None if settings.sites is None else read_checked_sites(graph, settings.sites)
+    result = patch_model(graph, chosen, force=settings.force, inputs=settings.inputs, stream=stream)
     write_decoder(result.model, source, target, overwrite=overwrite)
     return result
+
+
+def unpatch(steered: str | Path, output: str | Path, *, overwrite: bool = False) -> ModelProto:
+    """Write the graph that `patch` steered as it was before, beside it or elsewhere with a copy of its data.
+
+    Raises `InputError` for bad input, and when the graph holds no steering or was altered since.
+    """
+    source, target = Path(steered), Path(output)
+    graph = read_graph(source)
+    check_output_name(graph, target)
+    original = unpatch_model(graph)
+    write_decoder(original, source, target, overwrite=overwrite)
+    return original
+
+
+def load_plans(plans: GivenPlan | Sequence[GivenPlan], rule: CombineRule) -> SteeringPlan:
+    """One plan of one or several, each loaded where it is a path."""
+    given = [plans] if isinstance(plans, (str, Path, SteeringPlan)) else plans
+    loaded = [plan if isinstance(plan, SteeringPlan) else SteeringPlan.load(plan) for plan in given]
+    return combine_plans(loaded, rule)
+
+
+def read_checked_sites(graph: ModelProto, path: str | Path) -> ResidualStream:
+    """The stream of a sites file. Raises `InputError` when the file is wrong or `graph` has no such sites."""
+    stream = read_sites(path)
+    try:
+        check_sites(graph, stream)
+    except InputError as error:
+        raise InputError(f"sites file {path}: {error}") from None
+    return stream
 
 
 def check_output_name(graph: ModelProto, target: Path) -> None:

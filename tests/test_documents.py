@@ -20,6 +20,7 @@ DOCUMENTS = [
     "docs/bundle.md",
     "docs/engines.md",
     "docs/gpu.md",
+    "docs/inspect.md",
     "docs/parity.md",
     "docs/plan.md",
     "examples/pocket_lalm/README.md",

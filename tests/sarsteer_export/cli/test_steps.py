@@ -240,7 +240,7 @@ def test_inspect_an_unsteered_and_a_steered_decoder(
     norms = [2.0 * float(np.linalg.norm(edit.tensors()["vector"])) for edit in plan.edits]
     assert [constant["norm"] for constant in steered["steering"]] == pytest.approx(norms)
     text = answered(sarsteer("inspect", decoder_folder / "decoder.onnx"))
-    assert "residual stream: 3 blocks of width 64\n" in text
+    assert "residual stream: 3 blocks of width 64, float32\n" in text
     assert "steering: none\n" in text
     assert "steering: 3 constants\n" in answered(sarsteer("inspect", bundle_path / STEERED_DECODER))
 
