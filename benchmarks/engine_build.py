@@ -24,7 +24,7 @@ import click
 import numpy as np
 
 from node_time import Spread
-from overhead import cpu_name
+from machine import cpu_name
 from random_decoder import Settings, make_decoder, steer_decoder
 from sarsteer_export.versions import installed_versions
 

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 
 from calibration.errors import InputError
 from calibration.plan import SteeringPlan
-from graph_passes.onnx_file import copy_external_data, external_files, read_graph, write_graph
+from graph_passes.external_copy import copied_locations, copy_files, relocate
+from graph_passes.onnx_file import external_files, read_graph, write_graph
 from graph_passes.patch import LastFrom, PatchResult, patch_model
 from sarsteer_export.staging import staged_file
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from onnx import ModelProto
+
+    from graph_passes.external_copy import Progress
 
 
 def patch(
@@ -23,43 +28,78 @@ def patch(
     force: bool = False,
     last_from: LastFrom = LastFrom.ATTENTION_MASK,
     overwrite: bool = False,
+    copy: bool = False,
+    progress: Progress | None = None,
 ) -> PatchResult:
     """Write the steered decoder beside `decoder`, sharing its external data, or elsewhere with a copy of it.
 
-    Weights are never loaded. Raises `InputError` for bad input, `SiteNotFoundError` when the graph has no
-    residual stream to be found.
+    With `copy`, the output has its own data beside `decoder` too, in `<output>.data`. `progress` is told of a
+    copy as it grows. Weights are never loaded. Raises `InputError` for bad input, `SiteNotFoundError` when the
+    graph has no residual stream to be found.
     """
     source, target = Path(decoder), Path(output)
     graph = read_graph(source)
     chosen = plan if isinstance(plan, SteeringPlan) else SteeringPlan.load(plan)
-    check_output_name(graph, target)
+    check_output_name(graph, source, target)
     result = patch_model(graph, chosen, force=force, last_from=last_from)
-    write_decoder(result.model, source, target, overwrite=overwrite)
+    write_decoder(result.model, source, target, overwrite=overwrite, copy=copy, progress=progress)
     return result
 
 
-def check_output_name(graph: ModelProto, target: Path) -> None:
-    """Raise `InputError` when `target` is named as the external data of `graph`, which it would replace."""
-    if target.name in {file.location for file in external_files(graph)}:
-        raise InputError(f"{target}: is the name of the decoder's external data; name another output")
+def check_output_name(graph: ModelProto, source: Path, target: Path) -> None:
+    """Raise `InputError` when `target` is external data of the decoder `source`, or has the name of its copy."""
+    for file in external_files(graph):
+        if Path(target.name) == Path(file.location) or _place(target) == _place(
+            source.parent / file.location
+        ):
+            raise InputError(f"{target}: is the name of the decoder's external data; name another output")
 
 
-def write_decoder(graph: ModelProto, source: Path, target: Path, *, overwrite: bool) -> None:
+def write_decoder(
+    graph: ModelProto,
+    source: Path,
+    target: Path,
+    *,
+    overwrite: bool,
+    copy: bool = False,
+    progress: Progress | None = None,
+) -> None:
     """Write a graph made from `source`: beside it sharing its external data, elsewhere with a copy of it.
 
-    Raises `InputError` when the output, or data that would be copied, exists and may not be overwritten.
+    With `copy`, the data is copied beside it too, and `graph` made to refer to the copy. Raises `InputError`
+    when the output, or data that would be copied, exists and may not be overwritten, or there is no room.
     """
+    beside = _place(target.parent) == _place(source.parent)
+    locations = {file.location: file.location for file in external_files(graph)}
+    if beside:
+        locations = copied_locations(graph, target.name) if copy else {}
+    _check_places(source, target, locations, overwrite=overwrite)
     with staged_file(target, overwrite=overwrite) as staged:
-        if target.resolve().parent != source.resolve().parent:
-            _refuse_to_replace_data(graph, target, overwrite=overwrite)
-            copy_external_data(graph, source.parent, staged.parent)
+        copies = {source.parent / old: staged.parent / new for old, new in locations.items()}
+        copy_files(copies, room_for=graph.ByteSize(), progress=progress)
+        if locations:
+            relocate(graph, locations)
         write_graph(graph, staged)
 
 
-def _refuse_to_replace_data(graph: ModelProto, target: Path, *, overwrite: bool) -> None:
-    taken = [file.location for file in external_files(graph) if (target.parent / file.location).exists()]
-    if taken and not overwrite:
-        raise InputError(
-            f"{target.parent / taken[0]}: exists; the decoder's external data would replace it; use --overwrite, "
-            "or another folder"
-        )
+def _check_places(source: Path, target: Path, locations: Mapping[str, str], *, overwrite: bool) -> None:
+    """Raise `InputError` when copied data would replace a file that may not be replaced, or leave the folder."""
+    own = {_place(source), *(_place(source.parent / location) for location in locations)}
+    for place in (target.parent / location for location in locations.values()):
+        if not _place(place).is_relative_to(_place(target.parent)):
+            raise InputError(
+                f"{place}: lies behind a link that leaves the output's folder; use another folder"
+            )
+        if _place(place) in own:
+            raise InputError(
+                f"{place}: belongs to the decoder, and a copy of its data would replace it; use another name"
+            )
+        if place.exists() and not overwrite:
+            raise InputError(
+                f"{place}: exists; the decoder's external data would replace it; use --overwrite, or another folder"
+            )
+
+
+def _place(path: Path) -> Path:
+    """Where a path leads, but for a link of that name itself: writing replaces a link, and follows none."""
+    return path.parent.resolve() / path.name

@@ -75,7 +75,7 @@ def refit_graph(
 ) -> RefitResult:
     """Refit a steered ONNX file; beside it the result shares its external data, elsewhere gets a copy."""
     graph = read_graph(source)
-    check_output_name(graph, target)
+    check_output_name(graph, source, target)
     refitted = refit_model(graph, plan, force=force)
     write_decoder(refitted, source, target, overwrite=overwrite)
     return RefitResult(target, tuple(edit_initializers(refitted)), plan.digest())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sarsteer_export.cli.command import Command, emit
+from sarsteer_export.cli.command import Command, Progress, emit
 from sarsteer_export.cli.options import FILE, force_option, overwrite_option
 
 if TYPE_CHECKING:
@@ -25,14 +25,27 @@ if TYPE_CHECKING:
     show_default=True,
     help="Where the last position of a row is read from; `sequence` is wrong for rows padded on the right.",
 )
+@click.option(
+    "--copy",
+    is_flag=True,
+    help="Give the output its own copy of the weights beside DECODER too, in OUTPUT.data.",
+)
 @force_option
 @overwrite_option
 def command(
-    decoder: Path, plan: Path, output: Path, last_from: str, force: bool, overwrite: bool, as_json: bool
+    decoder: Path,
+    plan: Path,
+    output: Path,
+    last_from: str,
+    copy: bool,
+    force: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Bake a plan into the ONNX decoder DECODER. Weights are not touched.
 
-    Beside DECODER, the steered graph shares its weights; in another folder they are copied.
+    Beside DECODER, the steered graph shares its weights, unless --copy is given; in another folder they are
+    copied. A copy is a clone where the filesystem can make one, and never a link.
 
     \b
     Example:
@@ -41,7 +54,16 @@ def command(
     from graph_passes.patch import LastFrom
     from sarsteer_export.patching import patch
 
-    result = patch(decoder, plan, output, force=force, last_from=LastFrom(last_from), overwrite=overwrite)
+    result = patch(
+        decoder,
+        plan,
+        output,
+        force=force,
+        last_from=LastFrom(last_from),
+        overwrite=overwrite,
+        copy=copy,
+        progress=Progress(),
+    )
     edits = [dataclasses.asdict(edit) for edit in result.edits]
     lines = [
         f"block {edit.layer:3}  {edit.site.value:18} {edit.op:8} {edit.positions.value:5} at {edit.anchor}"

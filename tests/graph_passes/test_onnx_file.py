@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from calibration.errors import InputError
-from graph_passes.onnx_file import ExternalFile, copy_external_data, external_files, read_graph, write_graph
+from graph_passes.onnx_file import ExternalFile, external_files, read_graph, write_graph
 
 
 def model_with(**locations: dict[str, str]) -> onnx.ModelProto:
@@ -49,7 +49,7 @@ def test_each_file_is_listed_once_with_the_bytes_it_needs() -> None:
     model = model_with(
         a=AT, b={"location": "weights.bin", "offset": "64", "length": "8"}, c={"location": "sub/other.bin"}
     )
-    assert external_files(model) == [ExternalFile("sub/other.bin", 0), ExternalFile("weights.bin", 72)]
+    assert external_files(model) == [ExternalFile("sub/other.bin", 8), ExternalFile("weights.bin", 72)]
 
 
 def test_tensors_of_constant_nodes_and_of_bodies_count() -> None:
@@ -138,21 +138,6 @@ def test_writing_leaves_external_data_and_no_partial_file(saved: Path) -> None:
     assert read_graph(saved.with_name("other.onnx")) == model
     assert (saved.parent / "weights.bin").stat().st_mtime_ns == before.st_mtime_ns
     assert sorted(p.name for p in saved.parent.iterdir()) == ["model.onnx", "other.onnx", "weights.bin"]
-
-
-def test_external_data_is_copied_as_regular_files(saved: Path, tmp_path: Path) -> None:
-    weights = saved.parent / "weights.bin"
-    weights.rename(saved.parent / "blob")
-    weights.symlink_to(saved.parent / "blob")
-    target = tmp_path / "target"
-    copy_external_data(read_graph(saved), saved.parent, target)
-    assert not (target / "weights.bin").is_symlink()
-    assert (target / "weights.bin").read_bytes() == bytes(range(16))
-
-
-def test_copying_into_the_same_folder_changes_nothing(saved: Path) -> None:
-    copy_external_data(read_graph(saved), saved.parent, saved.parent / ".." / saved.parent.name)
-    assert (saved.parent / "weights.bin").read_bytes() == bytes(range(16))
 
 
 def test_weights_inside_the_graph_need_no_file(tmp_path: Path) -> None:
