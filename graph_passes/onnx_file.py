@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.external_data_helper import uses_external_data
 
 from calibration.errors import InputError
@@ -196,11 +196,9 @@ def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            for sparse in (*attribute.sparse_tensors, *_set_sparse(attribute)):
+            for sparse in attribute.sparse_tensors:
                 yield from (sparse.values, sparse.indices)
+            if attribute.HasField("sparse_tensor"):
+                yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
         for body in subgraphs(node):
             yield from _graph_tensors(body)
-
-
-def _set_sparse(attribute: AttributeProto) -> tuple[SparseTensorProto, ...]:
-    return (attribute.sparse_tensor,) if attribute.HasField("sparse_tensor") else ()
