@@ -70,7 +70,7 @@ class ScaledDecoder:
     def make(cls, shape: Shape, folder: Path) -> ScaledDecoder:
         """Write `decoder.onnx` and its data file, of which not a byte is written, to a folder."""
         graph, data = folder / "decoder.onnx", folder / "decoder.onnx_data"
-        model = _export(shape, folder / "exported.onnx")
+        model = export_blocks(shape, EXPORTED_BLOCKS, folder / "exported.onnx")
         model = _repeat(model, shape.blocks)
         sizes = {HEAD: shape.head_width, HEAD // 2: shape.head_width // 2, MLP: shape.mlp}
         sizes |= {VOCABULARY: shape.vocabulary, shape.heads * HEAD: shape.width}
@@ -82,8 +82,8 @@ class ScaledDecoder:
         return cls(graph, data, shape, len(model.graph.node))
 
 
-def _export(shape: Shape, path: Path) -> ModelProto:
-    """Three blocks at toy width; no two weights are equal, so that the exporter merges none."""
+def export_blocks(shape: Shape, blocks: int, path: Path) -> ModelProto:
+    """So many blocks at toy width, by the exporter; no two weights are equal, so that it merges none."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -93,7 +93,7 @@ def _export(shape: Shape, path: Path) -> ModelProto:
         vocab_size=VOCABULARY,
         hidden_size=shape.heads * HEAD,
         intermediate_size=MLP,
-        num_hidden_layers=EXPORTED_BLOCKS,
+        num_hidden_layers=blocks,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         tie_word_embeddings=False,
