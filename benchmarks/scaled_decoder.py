@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -131,8 +131,10 @@ def _repeat(model: ModelProto, blocks: int) -> ModelProto:
 
     def named(number: int) -> Callable[[str], str]:
         def rename(name: str) -> str:
+            if number == REPEATED:
+                return name
             if name == start:
-                return start if number == REPEATED else f"{end}#{number - 1}"
+                return named(number - 1)(end)
             if name in own_inputs or name in own_weights or name in inside:
                 moved = name.replace(f".{REPEATED}.", f".{number}.")
                 return moved if moved != name else f"{name}#{number}"
@@ -142,8 +144,8 @@ def _repeat(model: ModelProto, blocks: int) -> ModelProto:
 
     def behind(name: str) -> str:
         if name == end:
-            return f"{end}#{copies}"
-        return re.sub(rf"\b(past_key_values|present)\.{EXPORTED_BLOCKS - 1}\.", rf"\1.{last}.", name)
+            return named(copies)(end)
+        return re.sub(rf"\b(past_key_values|present|layers)\.{EXPORTED_BLOCKS - 1}\.", rf"\1.{last}.", name)
 
     result = ModelProto()
     result.CopyFrom(model)
@@ -165,15 +167,25 @@ def _repeat(model: ModelProto, blocks: int) -> ModelProto:
         ("output", inside),
         ("value_info", inside | own_weights),
     ):
+        written = getattr(result.graph, field)
+        waiting = [item for item in getattr(graph, field) if item.name in repeated]
         for item in getattr(graph, field):
-            renames = (
-                [named(number) for number in range(1, copies + 1)] if item.name in repeated else [behind]
-            )
-            for rename in renames:
-                copy = getattr(result.graph, field).add()
-                copy.CopyFrom(item)
-                copy.name = rename(item.name)
+            if item.name not in repeated:
+                _add(written, item, behind)
+                continue
+            for number in range(
+                1, copies + 1
+            ):  # all of one block, then all of the next, as the exporter does
+                for one in waiting:
+                    _add(written, one, named(number))
+            waiting = []
     return result
+
+
+def _add(written: Any, item: Any, rename: Callable[[str], str]) -> None:
+    copy = written.add()
+    copy.CopyFrom(item)
+    copy.name = rename(item.name)
 
 
 def _nodes_of_block(graph: GraphProto, block: int) -> list[NodeProto]:
