@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -305,11 +304,9 @@ def bottomless(levels: int) -> bytes:
     ],
     ids=["nesting", "length", "negative length", "length within"],
 )
-def test_a_protobuf_bomb_is_refused_at_once(tmp_path: Path, content: bytes) -> None:
+def test_a_protobuf_bomb_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
-    begin = time.monotonic()
     refused(tmp_path / "model.onnx", "not a readable ONNX model")
-    assert time.monotonic() - begin < 5
 
 
 def test_bodies_as_deep_as_protobuf_reads_are_read(tmp_path: Path) -> None:

