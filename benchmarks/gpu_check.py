@@ -22,8 +22,8 @@ from engines.backends import BACKENDS, CPU_BACKEND, find_backend
 from engines.limits import LIMITS
 from engines.opening import check_can_run
 from gpu_measure import of_bundle
+from machine import cpu_name
 from node_time import Spread
-from overhead import cpu_name
 from sarsteer_export import BuildSettings, CalibrationSettings, EngineSettings, SteeringSettings, build
 from sarsteer_export.bundle.manifest import PARITY_REPORT, Manifest
 from sarsteer_export.cli.command import quiet_transformers

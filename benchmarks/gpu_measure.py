@@ -39,7 +39,7 @@ from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.manifest import COMPONENTS, DECODER, EMBEDDING, PLAN, UNSTEERED_DECODER
 from sarsteer_export.exporting.components import DecoderComponent
 from sarsteer_export.parity_runtime import OnnxRuntimeParity, ParityRuntime, TensorRTParity
-from sarsteer_export.patching import patch
+from sarsteer_export.patching import PatchSettings, patch
 from sarsteer_export.refitting import refit
 
 if TYPE_CHECKING:

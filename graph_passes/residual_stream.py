@@ -250,13 +250,7 @@ def _holds_attention(index: GraphIndex, branch: int) -> bool:
 
 def cache_inputs(index: GraphIndex) -> list[str]:
     """Graph inputs of rank 4: past keys and values [batch, kv_heads, past, head_dim]."""
-    return [
-        value.name
-        for value in index.graph.input
-        if value.name in index.inputs
-        and value.name != "attention_mask"
-        and len(value.type.tensor_type.shape.dim) == 4
-    ]
+    return [name for name, rank in index.input_ranks.items() if rank == 4 and name != "attention_mask"]
 
 
 def _source(index: GraphIndex, tensor: str) -> str:

@@ -21,7 +21,7 @@ from graph_passes.refit import plan_constants, refit_model
 from graph_passes.selection import STRENGTH_INPUT
 from graph_passes.steering_in import edit_initializers
 from sarsteer_export.bundle.manifest import FORMAT, MANIFEST
-from sarsteer_export.patching import check_output_name, write_decoder
+from sarsteer_export.decoder_file import check_output_name, write_decoder
 from sarsteer_export.staging import check_output, staged_file
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def refit_graph(
 ) -> RefitResult:
     """Refit a steered ONNX file; beside it the result shares its external data, elsewhere gets a copy."""
     graph = read_graph(source)
-    check_output_name(graph, target)
+    check_output_name(graph, source, target)
     refitted = refit_model(graph, plan, force=force)
     write_decoder(refitted, source, target, overwrite=overwrite)
     return RefitResult(target, tuple(edit_initializers(refitted)), plan.digest())

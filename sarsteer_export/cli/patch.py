@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sarsteer_export.cli.command import Command, emit, options
+from sarsteer_export.cli.command import Command, Progress, emit, options
 from sarsteer_export.cli.options import FILE, force_option, overwrite_option
 
 if TYPE_CHECKING:
@@ -65,6 +65,11 @@ run_time_options = options(
     default=None,
     help="Sites file that says where the blocks are, instead of finding them; `inspect --sites` writes one.",
 )
+@click.option(
+    "--copy",
+    is_flag=True,
+    help="Give the output its own copy of the weights beside DECODER too, in OUTPUT.data.",
+)
 @click.option("--replace", is_flag=True, help="Take out the steering that DECODER holds first.")
 @click.option("--explain", is_flag=True, help="Say which form every edit takes, why, and what it costs.")
 @force_option
@@ -80,7 +85,8 @@ def command(
 ) -> None:
     """Bake a plan into the ONNX decoder DECODER. Weights are not touched.
 
-    Beside DECODER, the steered graph shares its weights; in another folder they are copied.
+    Beside DECODER, the steered graph shares its weights, unless --copy is given; in another folder they are
+    copied. A copy is a clone where the filesystem can make one, and never a link.
 
     \b
     Examples:
@@ -92,7 +98,7 @@ def command(
 
     settings = patch_settings(**given)
     plan = load_plans(plans, settings.combine)
-    result = patch(decoder, plan, output, settings, overwrite=overwrite)
+    result = patch(decoder, plan, output, settings, overwrite=overwrite, progress=Progress())
     edits = explain_edits(result, plan)
     lines = [explanation_text(edits) if explain else edits_text(edits)]
     summary = f"{len(edits)} edits, {len(result.stream.blocks)} blocks -> {output}"
