@@ -33,6 +33,7 @@ from sarsteer_export.engine_build import EngineSettings
 from sarsteer_export.exporting.contract import cache_input_names
 from sarsteer_export.exporting.export import OPSET
 from sarsteer_export.parity_run import ParitySettings
+from sarsteer_export.range_guard import PROVENANCE_KEY
 from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
@@ -129,10 +130,14 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     if settings.plan is None:
         check_benign_count(benign, settings.benign)
     common = [identity, processor_digest(model), settings.dtype, installed_versions(*PACKAGES)]
+    magnitudes: Any = None
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)
         _check_plan_fits_config(plan, config, identity, force=settings.force)
         calibration: Any = plan.digest()
+        magnitudes = plan.provenance.get(
+            PROVENANCE_KEY
+        )  # no part of the digest, and what the guard is held to
     else:
         chosen = dataclasses.replace(settings.calibration, batch_size=1)
         calibration = [dataclasses.asdict(chosen), requests_digest(harmful), requests_digest(benign)]
@@ -156,6 +161,7 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         dataclasses.asdict(settings.judge),
         settings.max_new_tokens,
         settings.keep_unsteered,
+        magnitudes,
     )
     return BuildInputs(model, identity, _longest(config), harmful, benign, evaluation, stages)
 

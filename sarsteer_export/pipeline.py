@@ -110,6 +110,7 @@ def build(
     earlier = earlier_bundle(target)
     reusable = reusable_stages(target, earlier, inputs)
     if earlier is not None and "verify" in reusable:
+        check_known_range(target, reusable, settings)
         return _up_to_date(target, earlier)
     check_output(target, overwrite=settings.overwrite)
     _check_space(target, _needed_bytes(inputs.model, settings))
@@ -120,7 +121,7 @@ def build(
         _write_frontend(lalm, folder)
         plan = (
             SteeringPlan.load(target / PLAN)
-            if "calibrate" in reusable
+            if settings.plan is None and "calibrate" in reusable
             else make_plan(lalm, settings, progress)
         )
         (folder / PLAN).parent.mkdir()
@@ -166,6 +167,7 @@ def preview(model: str | Path, output: str | Path, settings: BuildSettings) -> B
     parameters = parameter_count(inputs.model)
     disk = _disk_bytes(inputs.model, settings)
     reusable = reusable_stages(target, earlier, inputs)
+    check_known_range(target, reusable, settings)
     if "verify" in reusable:
         steps = [(stage, "up to date") for stage in inputs.stages]
     else:
@@ -174,6 +176,26 @@ def preview(model: str | Path, output: str | Path, settings: BuildSettings) -> B
         steps = [(stage, "reused" if stage in reusable else "run") for stage in inputs.stages]
     memory = parameters * MEMORY_PER_PARAMETER[settings.dtype]
     return BuildPreview(tuple(steps), parameters, disk, memory)
+
+
+def check_known_range(target: Path, reusable: Sequence[str], settings: BuildSettings) -> None:
+    """Hold the guard against what a build takes from the bundle at its output, as far as that has plan and graph.
+
+    Whether an overflow was allowed then says nothing of now. Raises `InputError` as `check_range` does.
+    """
+    if settings.plan is not None:
+        plan = settings.plan
+    elif "calibrate" in reusable:
+        plan = target / PLAN
+    else:
+        return
+    if "verify" in reusable:
+        decoder = STEERED_DECODER
+    elif "export" in reusable:
+        decoder = UNSTEERED_DECODER
+    else:
+        return
+    check_range(SteeringPlan.load(plan), read_graph(target / decoder), allow_overflow=settings.allow_overflow)
 
 
 def make_plan(lalm: Lalm, settings: BuildSettings, progress: Progress | None) -> SteeringPlan:
