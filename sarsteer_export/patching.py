@@ -9,6 +9,7 @@ from calibration.errors import InputError
 from calibration.plan import SteeringPlan
 from graph_passes.onnx_file import copy_external_data, external_files, read_graph, write_graph
 from graph_passes.patch import LastFrom, PatchResult, patch_model
+from sarsteer_export.range_guard import check_range
 from sarsteer_export.staging import staged_file
 
 if TYPE_CHECKING:
@@ -23,17 +24,19 @@ def patch(
     force: bool = False,
     last_from: LastFrom = LastFrom.ATTENTION_MASK,
     overwrite: bool = False,
+    allow_overflow: bool = False,
 ) -> PatchResult:
     """Write the steered decoder beside `decoder`, sharing its external data, or elsewhere with a copy of it.
 
-    Weights are never loaded. Raises `InputError` for bad input, `SiteNotFoundError` when the graph has no
-    residual stream to be found.
+    Weights are never loaded. `allow_overflow`: only warn of float16 that cannot hold what calibration saw. Raises
+    `InputError` for bad input, `SiteNotFoundError` when the graph has no residual stream to be found.
     """
     source, target = Path(decoder), Path(output)
     graph = read_graph(source)
     chosen = plan if isinstance(plan, SteeringPlan) else SteeringPlan.load(plan)
     check_output_name(graph, target)
     result = patch_model(graph, chosen, force=force, last_from=last_from)
+    check_range(chosen, graph, stream=result.stream, allow_overflow=allow_overflow)
     write_decoder(result.model, source, target, overwrite=overwrite)
     return result
 

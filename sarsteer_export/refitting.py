@@ -20,6 +20,7 @@ from graph_passes.refit import plan_constants, refit_model
 from graph_passes.steering_in import edit_initializers
 from sarsteer_export.bundle.manifest import FORMAT, MANIFEST
 from sarsteer_export.patching import check_output_name, write_decoder
+from sarsteer_export.range_guard import check_range, check_stream_range
 from sarsteer_export.staging import check_output, staged_file
 
 if TYPE_CHECKING:
@@ -49,12 +50,14 @@ def refit(
     *,
     force: bool = False,
     overwrite: bool = False,
+    allow_overflow: bool = False,
 ) -> RefitResult:
     """Replace the steering constants of a steered ONNX file or engine by those of `plan`, in place or into `output`.
 
     The plan must have the same edits as the one that steered the file; only their values may differ. `force`
     accepts a plan that was made for another model of the same shape. `overwrite`: replace `output` if it
-    exists; in place needs no leave. Raises `InputError` for bad input, and for a file inside a bundle that
+    exists; in place needs no leave. `allow_overflow`: only warn of float16 that cannot hold what calibration
+    saw. Raises `InputError` for bad input, and for a file inside a bundle that
     would be replaced; for an engine also `UnsupportedError` when it was not built to be refitted, or where it
     cannot be opened.
     """
@@ -67,22 +70,30 @@ def refit(
     chosen = plan if isinstance(plan, SteeringPlan) else SteeringPlan.load(plan)
     target = source if output is None else Path(output)
     check_outside_bundle(target)
-    return verbs[source.suffix](source, chosen, target, force=force, overwrite=overwrite or output is None)
+    return verbs[source.suffix](
+        source,
+        chosen,
+        target,
+        force=force,
+        overwrite=overwrite or output is None,
+        allow_overflow=allow_overflow,
+    )
 
 
 def refit_graph(
-    source: Path, plan: SteeringPlan, target: Path, *, force: bool, overwrite: bool
+    source: Path, plan: SteeringPlan, target: Path, *, force: bool, overwrite: bool, allow_overflow: bool
 ) -> RefitResult:
     """Refit a steered ONNX file; beside it the result shares its external data, elsewhere gets a copy."""
     graph = read_graph(source)
     check_output_name(graph, target)
     refitted = refit_model(graph, plan, force=force)
+    check_range(plan, refitted, allow_overflow=allow_overflow)
     write_decoder(refitted, source, target, overwrite=overwrite)
     return RefitResult(target, tuple(edit_initializers(refitted)), plan.digest())
 
 
 def refit_built_engine(
-    source: Path, plan: SteeringPlan, target: Path, *, force: bool, overwrite: bool
+    source: Path, plan: SteeringPlan, target: Path, *, force: bool, overwrite: bool, allow_overflow: bool
 ) -> RefitResult:
     """Refit an engine; the result's sidecar lies beside it."""
     if target.suffix != ENGINE_SUFFIX:
@@ -94,6 +105,9 @@ def refit_built_engine(
     check_output(sidecar_of(target), overwrite=overwrite)
     record = EngineRecord.read(sidecar_of(source))
     constants = engine_constants(record, plan, force=force)
+    if record.precision in ELEM_TYPES:
+        elem_type = TensorProto.DataType.Value(ELEM_TYPES[record.precision])
+        check_stream_range(plan, elem_type, allow_overflow=allow_overflow)
     from engines.trt.refit import refit_engine  # imports PyTorch, in whose memory engines live
 
     with staged_file(target, overwrite=overwrite) as staged:

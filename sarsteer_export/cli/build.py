@@ -17,6 +17,7 @@ from sarsteer_export.cli.options import (
     engine_options,
     engine_settings,
     force_option,
+    overflow_option,
     overwrite_option,
     parity_options,
 )
@@ -48,11 +49,7 @@ if TYPE_CHECKING:
 )
 @device_options
 @engine_options
-@click.option(
-    "--allow-overflow",
-    is_flag=True,
-    help="Build even where calibration saw values that float16 cannot square.",
-)
+@overflow_option
 @click.option("--dry-run", is_flag=True, help="Say what would happen and what it needs; write nothing.")
 @force_option
 @overwrite_option

@@ -30,6 +30,11 @@ engine_option = click.option(
 force_option = click.option(
     "--force", is_flag=True, help="Accept a plan that was made for another model of the same shape."
 )
+overflow_option = click.option(
+    "--allow-overflow",
+    is_flag=True,
+    help="Go on even where calibration saw values that float16 cannot hold or square.",
+)
 device_options = options(
     click.option("--device", default="cpu", show_default=True, help="PyTorch device of the eager model."),
     click.option(

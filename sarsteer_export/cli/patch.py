@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sarsteer_export.cli.command import Command, emit
-from sarsteer_export.cli.options import FILE, force_option, overwrite_option
+from sarsteer_export.cli.options import FILE, force_option, overflow_option, overwrite_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     help="Where the last position of a row is read from; `sequence` is wrong for rows padded on the right.",
 )
 @force_option
+@overflow_option
 @overwrite_option
-def command(
-    decoder: Path, plan: Path, output: Path, last_from: str, force: bool, overwrite: bool, as_json: bool
-) -> None:
+def command(decoder: Path, plan: Path, output: Path, last_from: str, as_json: bool, **given: bool) -> None:
     """Bake a plan into the ONNX decoder DECODER. Weights are not touched.
 
     Beside DECODER, the steered graph shares its weights; in another folder they are copied.
@@ -41,7 +40,7 @@ def command(
     from graph_passes.patch import LastFrom
     from sarsteer_export.patching import patch
 
-    result = patch(decoder, plan, output, force=force, last_from=LastFrom(last_from), overwrite=overwrite)
+    result = patch(decoder, plan, output, last_from=LastFrom(last_from), **given)
     edits = [dataclasses.asdict(edit) for edit in result.edits]
     lines = [
         f"block {edit.layer:3}  {edit.site.value:18} {edit.op:8} {edit.positions.value:5} at {edit.anchor}"

@@ -171,6 +171,22 @@ def test_an_engine_that_is_not_refittable_exits_3(
     assert listing(tmp_path) == before
 
 
+def test_a_float16_engine_is_not_refitted_with_what_it_cannot_hold(
+    gpu: None, engine: Make, tmp_path: Path
+) -> None:
+    entry = {kind: [70000.0] * HAND_LAYERS for kind in ("unsteered", "steered")}
+    plan = dataclasses.replace(NEW, provenance={"largest_magnitude": entry})
+    plan.save(tmp_path / "high.safetensors")
+    old = engine("float16")
+    before = listing(tmp_path)
+    given = ("refit", old, "--plan", tmp_path / "high.safetensors", "-o", tmp_path / "out" / "new.engine")
+    refused(sarsteer(*given), "reaches 70000", "the engine holds it in float16", "--allow-overflow")
+    assert listing(tmp_path) == before
+    allowed = sarsteer(*given, "--allow-overflow", "--json")
+    assert answered_json(allowed)["plan_sha256"] == NEW.digest()
+    assert "warning: the residual stream reaches 70000" in allowed.stderr
+
+
 def test_without_a_gpu_a_refittable_engine_exits_3(engine: Make, new_plan: Path, tmp_path: Path) -> None:
     """The library is there, and no driver: what is refused is the machine, not the engine."""
     if (problem := cuda_driver().problem) is None:

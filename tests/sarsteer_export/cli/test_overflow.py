@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from calibration.plan import SteeringPlan
+import torch
+
+from calibration.plan import Add, SteeringPlan
 from sarsteer_export.bundle.manifest import PLAN
-from tests import tiny_lalm
+from tests.conftest import plan_of, random_vector
+from tests.decoders import HAND_LAYERS, HAND_WIDTH, Variant, hand_decoder
 from tests.sarsteer_export.command_line import answered_json, listing, refused, sarsteer
 from tests.sarsteer_export.conftest import Inputs
 
@@ -16,7 +19,7 @@ OVERFLOW = ("reaches 70000 unsteered", "the graph holds it in float16", "--allow
 
 def measured(plan: SteeringPlan, magnitude: float, path: Path) -> Path:
     """The plan, saved with another largest magnitude in its provenance; its digest is the same."""
-    entry = {kind: [magnitude] * tiny_lalm.LAYERS for kind in ("unsteered", "steered")}
+    entry = {kind: [magnitude] * plan.num_layers for kind in ("unsteered", "steered")}
     told = dataclasses.replace(plan, provenance={**plan.provenance, "largest_magnitude": entry})
     assert told.digest() == plan.digest()
     told.save(path)
@@ -49,3 +52,27 @@ def test_an_overflow_is_refused_also_when_a_build_that_allowed_it_stands(
     refused(sarsteer(*build, high, "--overwrite", "--dry-run"), *OVERFLOW)
     refused(sarsteer(*build, high, "--overwrite"), *OVERFLOW)
     assert SteeringPlan.load(bundle / PLAN) == SteeringPlan.load(low)
+
+
+def test_patch_and_refit_refuse_an_overflow_too(tmp_path: Path) -> None:
+    hand_decoder(Variant(dtype=torch.float16), tmp_path / "decoder.onnx")
+    plan = plan_of(Add(0, random_vector(HAND_WIDTH, seed=0)), width=HAND_WIDTH, layers=HAND_LAYERS)
+    high, low = (measured(plan, size, tmp_path / f"{size:g}.safetensors") for size in (70000.0, 50.0))
+    before = listing(tmp_path)
+    steered, refitted = tmp_path / "steered.onnx", tmp_path / "refitted.onnx"
+    patch = ("patch", tmp_path / "decoder.onnx", "-o", steered, "--plan")
+    refused(sarsteer(*patch, high), *OVERFLOW)
+    assert listing(tmp_path) == before
+    allowed = sarsteer(*patch, high, "--allow-overflow", "--json")
+    assert answered_json(allowed)["edits"]
+    assert "warning: the residual stream reaches 70000" in allowed.stderr
+    assert "warning" not in sarsteer(*patch, low, "--overwrite").stderr
+
+    before = listing(tmp_path)
+    for output in ((), ("-o", refitted)):
+        refused(sarsteer("refit", steered, "--plan", high, *output), *OVERFLOW)
+        assert listing(tmp_path) == before
+    allowed = sarsteer("refit", steered, "--plan", high, "-o", refitted, "--allow-overflow")
+    assert allowed.exit_code == 0, allowed.stderr
+    assert "warning: the residual stream reaches 70000" in allowed.stderr
+    assert "warning" not in sarsteer("refit", steered, "--plan", low).stderr
