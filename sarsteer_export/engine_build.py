@@ -22,7 +22,7 @@ from graph_passes.onnx_file import external_files, read_graph
 from graph_passes.patch import FINGERPRINT_KEY, PLAN_KEY, check_steering_whole, metadata
 from graph_passes.steering_in import edit_initializers
 from sarsteer_export.bundle.manifest import file_sha256
-from sarsteer_export.staging import check_output, nearest_folder, staged_file
+from sarsteer_export.staging import check_output, check_outside_bundle, nearest_folder, staged_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -161,8 +161,9 @@ def build_engines(
         for backend in settings.backends
     }
     for target in targets.values():
-        check_output(target, overwrite=overwrite)
-        check_output(sidecar_of(target), overwrite=overwrite)
+        for file in (target, sidecar_of(target)):
+            check_outside_bundle(file)
+            check_output(file, overwrite=overwrite)
         _check_space(target, source)
     built = []
     for backend, target in targets.items():

@@ -10,7 +10,7 @@ from calibration.plan import SteeringPlan
 from graph_passes.onnx_file import copy_external_data, external_files, read_graph, write_graph
 from graph_passes.patch import LastFrom, PatchResult, patch_model
 from sarsteer_export.range_guard import check_range
-from sarsteer_export.staging import staged_file
+from sarsteer_export.staging import check_outside_bundle, staged_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -32,6 +32,7 @@ def patch(
     `InputError` for bad input, `SiteNotFoundError` when the graph has no residual stream to be found.
     """
     source, target = Path(decoder), Path(output)
+    check_outside_bundle(target)
     graph = read_graph(source)
     chosen = plan if isinstance(plan, SteeringPlan) else SteeringPlan.load(plan)
     check_output_name(graph, target)

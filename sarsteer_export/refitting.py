@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +16,9 @@ from graph_passes.insertion import by_anchor, edit_names
 from graph_passes.onnx_file import read_graph
 from graph_passes.refit import plan_constants, refit_model
 from graph_passes.steering_in import edit_initializers
-from sarsteer_export.bundle.manifest import FORMAT, MANIFEST
 from sarsteer_export.patching import check_output_name, write_decoder
 from sarsteer_export.range_guard import check_range, check_stream_range
-from sarsteer_export.staging import check_output, staged_file
+from sarsteer_export.staging import check_output, check_outside_bundle, staged_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,8 +54,8 @@ def refit(
     The plan must have the same edits as the one that steered the file; only their values may differ. `force`
     accepts a plan that was made for another model of the same shape. `overwrite`: replace `output` if it
     exists; in place needs no leave. `allow_overflow`: only warn of float16 that cannot hold what calibration
-    saw. Raises `InputError` for bad input, and for a file inside a bundle that
-    would be replaced; for an engine also `UnsupportedError` when it was not built to be refitted, or where it
+    saw. Raises `InputError` for bad input, and for an output
+    inside a bundle; for an engine also `UnsupportedError` when it was not built to be refitted, or where it
     cannot be opened.
     """
     source = Path(path)
@@ -169,21 +166,3 @@ def _stream_type(held: Mapping[str, NetworkConstant], edit: str) -> int:
     """The element type of the stream at an edit, as its constants show it."""
     shown = held.get(f"{edit}.vector") or held.get(f"{edit}.nothing")
     return TensorProto.DataType.Value(ELEM_TYPES[shown.dtype]) if shown else int(TensorProto.FLOAT)
-
-
-def check_outside_bundle(target: Path) -> None:
-    """Raise `InputError` when a file to be replaced is a bundle's."""
-    folder = target.parent.resolve()
-    for bundle in (folder, *folder.parents[:2]):
-        if target.exists() and _is_bundle(bundle):
-            raise InputError(
-                f"{target}: belongs to the bundle {bundle}, whose hashes and parity verdict would no longer "
-                "hold; name an output outside the bundle with -o"
-            )
-
-
-def _is_bundle(folder: Path) -> bool:
-    with suppress(OSError, ValueError, RecursionError):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-    return False

@@ -26,7 +26,7 @@ def command(steered: Path, plan: Path, output: Path | None, as_json: bool, **giv
     Only the values of the steering constants change: strengths, vectors, bases and means. The new plan must
     have the same edits, at the same layers, sites and positions. Weights are not touched: beside an ONNX file,
     the output shares them; in another folder they are copied. An engine must have been built to be refitted,
-    which its sidecar says, and needs its GPU. A file inside a bundle is not replaced.
+    which its sidecar says, and needs its GPU. Nothing is written into a bundle.
 
     \b
     Examples:

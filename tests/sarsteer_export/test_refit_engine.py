@@ -223,7 +223,7 @@ def test_a_sidecar_never_takes_the_place_of_a_bundles_manifest(
     (bundle / MANIFEST).write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
     before = listing(tmp_path)
     result = sarsteer("refit", old, "--plan", new_plan, "-o", bundle / "manifest.engine", "--overwrite")
-    refused(result, "manifest.json: belongs to the bundle")
+    refused(result, "manifest.engine: lies inside the bundle")
     assert listing(tmp_path) == before
 
 

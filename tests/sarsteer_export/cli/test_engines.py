@@ -15,7 +15,7 @@ from onnx import helper
 
 from engines.backends import BACKENDS
 from engines.sidecar import EngineRecord
-from sarsteer_export.bundle.manifest import COMPONENTS, PLAN, STEERED_DECODER, Manifest
+from sarsteer_export.bundle.manifest import COMPONENTS, FORMAT, MANIFEST, PLAN, STEERED_DECODER, Manifest
 from tests.sarsteer_export.command_line import (
     answered,
     answered_json,
@@ -115,6 +115,24 @@ def test_an_engine_that_exists_is_kept(steered: Path, tmp_path: Path) -> None:
     answered(sarsteer(*build, "--overwrite"))
     assert set(listing(tmp_path)) == set(before)
     assert (tmp_path / "e" / RTX_LABEL / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", ["engines", ".", "a/b/c/d"])
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_is_written_into_a_bundle(steered: Path, tmp_path: Path, folder: str, there: bool) -> None:
+    """Neither over its engines nor beside them: a bundle is what its manifest lists."""
+    bundle = tmp_path / "bundle"
+    output = bundle / folder
+    (output / RTX_LABEL).mkdir(parents=True)
+    (bundle / MANIFEST).write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
+    if there:
+        (output / RTX_LABEL / "decoder_model_merged.engine").write_text("proven", encoding="utf-8")
+    before = listing(tmp_path)
+    for more in ((), ("--overwrite",)):
+        result = sarsteer("build-engine", steered, *RTX, *SMALL, "-o", output, *more)
+        why = "would no longer hold" if there else "holds nothing but what its manifest lists"
+        refused(result, f"the bundle {bundle}", why, "outside the bundle with -o")
+        assert listing(tmp_path) == before
 
 
 def test_a_config_may_name_several_engines(steered: Path, tmp_path: Path) -> None:
