@@ -204,6 +204,19 @@ def test_profiles_that_tensorrt_refuses(decoders: Callable[[str, str], Path], tm
         build(graph, tmp_path, (profile,))
 
 
+def test_shapes_that_tensorrt_does_not_take(decoders: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """As above; its bindings raise errors of their own for such."""
+    graph = decoders("float32", "unsteered")
+    prefill, _ = derive_profiles(engine_source(graph).inputs, SMALL)
+    embeds = prefill.shapes["inputs_embeds"]
+    wrong = ShapeRange(embeds.min, embeds.opt, (2**31, *embeds.max[1:]))
+    profile = dataclasses.replace(prefill, shapes={**prefill.shapes, "inputs_embeds": wrong})
+    with pytest.raises(
+        EngineError, match=r"refuses shapes .*2147483648x8x64 of 'inputs_embeds' in profile 'pref"
+    ):
+        build(graph, tmp_path, (profile,))
+
+
 def test_progress_counts_up_to_100_percent(decoders: Callable[[str, str], Path], tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     build(decoders("float32", "unsteered"), tmp_path, progress=lambda *report: seen.append(report))

@@ -174,6 +174,13 @@ def test_a_config_may_name_several_engines(steered: Path, tmp_path: Path) -> Non
             2,
         ),
         ((*RTX, "--profile", "a"), ("--profile",), 2),
+        ((*RTX, "--max-total", "99999999999"), ("--max-total is 99999999999", "2147483647"), 2),
+        ((*RTX, "--max-batch", "3000000000"), ("--max-batch is 3000000000",), 2),
+        (
+            (*RTX, "--max-shapes", "inputs_embeds:1x2147483647x64,past_key_values.0.key:1x2x2147483647x16"),
+            ("attention_mask", "at most 2147483647"),
+            2,
+        ),
     ],
 )
 def test_options_that_make_no_sense(
@@ -416,6 +423,15 @@ def test_a_dry_run_names_the_engines(inputs: Inputs, tmp_path: Path) -> None:
         (("--max-shapes", "inputs_embeds:2x8x64"), ("--engine",), 2),
         ((*RTX, "--max-batch", "1"), ("parity runs 2 prompts at once", "--max-batch"), 2),
         ((*RTX, "--compute-capability", "1.0"), ("1.0",), 3),
+        ((*RTX, "--max-total", "99999999999", "--dry-run"), ("--max-total is 99999999999",), 2),
+        (
+            (
+                *(*RTX, "--dry-run", "--max-shapes"),
+                "inputs_embeds:2x2147483647x64,past_key_values.0.key:2x2x2147483647x16",
+            ),
+            ("attention_mask", "at most 2147483647"),
+            2,
+        ),
     ],
 )
 def test_engines_that_cannot_be_built_are_refused_before_any_work(
