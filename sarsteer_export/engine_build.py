@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,7 @@ def build_engines(
 ) -> tuple[BuiltEngine, ...]:
     """Build engines of one ONNX file: `output/<backend>-<version>-<target>-<precision>/<graph>.engine`.
 
-    Each appears with its sidecar when it is finished. Raises `InputError` for a bad graph or shapes,
+    All appear, each with its sidecar, when the last is finished. Raises `InputError` for a bad graph or shapes,
     `UnsupportedError` for what cannot be built here, `EngineError` when TensorRT fails or steering that the graph
     holds did not reach its network.
     """
@@ -165,19 +166,23 @@ def build_engines(
             check_outside_bundle(file)
             check_output(file, overwrite=overwrite)
         _check_space(target, source)
-    built = []
-    for backend, target in targets.items():
-        with staged_file(target, overwrite=overwrite) as staged:
-            record = build_engine(
+    with ExitStack() as stack:
+        staged = {
+            backend: stack.enter_context(staged_file(target, overwrite=overwrite))
+            for backend, target in targets.items()
+        }
+        records = {
+            backend: build_engine(
                 source,
-                staged,
+                file,
                 backend,
                 profiles,
                 compute_capabilities=settings.compute_capabilities,
                 progress=progress,
             )
-        built.append(BuiltEngine(target, record))
-    return tuple(built)
+            for backend, file in staged.items()
+        }
+    return tuple(BuiltEngine(target, records[backend]) for backend, target in targets.items())
 
 
 def engine_source(graph: Path, content: ModelProto | None = None) -> EngineSource:
