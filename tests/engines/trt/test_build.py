@@ -20,6 +20,7 @@ from engines.cuda_driver import CudaDriver, Gpu, cuda_driver
 from engines.profiles import ProfileLimits, derive_profiles
 from engines.sidecar import EngineRecord, Profile, ShapeRange, sidecar_of
 from engines.trt.build import EngineSource, build_engine
+from engines.trt.worker import run_interruptibly
 from graph_passes.onnx_file import write_graph
 from graph_passes.patch import patch_model
 from sarsteer_export.engine_build import engine_source
@@ -149,6 +150,34 @@ def test_a_build_that_fails_as_refittable_succeeds_without(
     assert "Myelin" in str(record.refit.reason)
 
 
+def test_steering_constants_and_nothing_else_are_marked_refittable(
+    decoders: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TensorRT's network itself tells, of every constant in it; again when they were taken back."""
+    if cuda_driver().problem is None:
+        pytest.skip("there is a GPU here")
+    gpu = CudaDriver("13.0", (Gpu("Test GPU", "8.9", 1),), None)
+    monkeypatch.setattr("engines.trt.build.cuda_driver", lambda: gpu)
+    trt: Any = RTX.load()
+    seen: list[tuple[bool, set[str]]] = []
+
+    def look(_trt: Any, network: Any, config: Any, _monitor: Any) -> None:
+        layers = [network.definition.get_layer(number) for number in range(network.definition.num_layers)]
+        constants = {layer.name for layer in layers if layer.type == trt.LayerType.CONSTANT}
+        assert len(constants) > 20
+        marked = {name for name in constants if network.definition.are_weights_marked_refittable(name)}
+        seen.append((config.get_flag(trt.BuilderFlag.REFIT_INDIVIDUAL), marked))
+        assert not config.get_flag(trt.BuilderFlag.REFIT), "every weight would be refittable"
+
+    monkeypatch.setattr("engines.trt.build._build", look)
+    graph = decoders("float32", "steered")
+    with pytest.raises(EngineError, match="cannot build an engine of"):
+        build(graph, tmp_path)
+    steering = {constant.name for constant in engine_source(graph).constants if constant.refittable}
+    assert len(steering) == 4  # two vectors; basis and scaled basis; scalars are never refitted
+    assert seen == [(True, steering), (False, set())]
+
+
 def test_one_profile_many_and_none(decoders: Callable[[str, str], Path], tmp_path: Path) -> None:
     graph = decoders("float32", "steered")
     prefill, decode = derive_profiles(engine_source(graph).inputs, SMALL)
@@ -241,10 +270,18 @@ def test_an_interrupt_cancels_the_build_and_leaves_nothing(
             raise KeyboardInterrupt
         return wait(event, timeout)
 
+    made: list[Any] = []
+
+    def watched(work: Callable[[], Any], cancel: Callable[[], None] = lambda: None) -> Any:
+        return run_interruptibly(lambda: made.append(work()) or made[-1], cancel)
+
+    monkeypatch.setattr("engines.trt.build.run_interruptibly", watched)
     monkeypatch.setattr("engines.trt.worker.threading.Event.wait", interrupting)
     monkeypatch.setattr("engines.trt.worker.POLL_SECONDS", 0.001)
     with pytest.raises(KeyboardInterrupt):
         build(graph, tmp_path, progress=lambda _stage, done, _total: percents.append(done))
+    _parsed, engine = made
+    assert engine is None, "TensorRT was not told to stop: it built the engine to its end"
     assert 100 not in percents
     assert interrupted[0].is_set(), "the build was not waited for"
     assert list(tmp_path.iterdir()) == []
