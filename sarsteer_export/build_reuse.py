@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from calibration.errors import InputError
+from calibration.errors import InputError, UnsupportedError
+from engines.opening import check_can_run
+from engines.report import Verdict
 from sarsteer_export.bundle.manifest import (
     ENGINES_FOLDER,
     ONNX_FOLDER,
@@ -35,7 +38,10 @@ def earlier_bundle(target: Path) -> Manifest | None:
 
 
 def reusable_stages(target: Path, earlier: Manifest | None, inputs: BuildInputs) -> tuple[str, ...]:
-    """Stages of the bundle at the output whose inputs are the same and whose files are what they were."""
+    """Stages of the bundle at the output whose inputs are the same and whose files are what they were.
+
+    A verdict that is still owed, of an engine that could not be run and can be now, is no finished stage.
+    """
     if earlier is None:
         return ()
     exported = _exported_files(earlier)
@@ -54,8 +60,25 @@ def reusable_stages(target: Path, earlier: Manifest | None, inputs: BuildInputs)
         if (altered := earlier.altered(target, names)) is not None:
             logger.warning("%s: was altered since it was built; %s is not reused", target / altered, stage)
             continue
+        if stage == "verify" and (label := _can_be_run_now(earlier)) is not None:
+            logger.warning(
+                "%s: engine %s was built and not executed, and this machine can run it; verify is not reused",
+                target,
+                label,
+            )
+            continue
         fresh.append(stage)
     return tuple(fresh)
+
+
+def _can_be_run_now(manifest: Manifest) -> str | None:
+    """The first engine that was not executed when it was built, and can be now."""
+    for entry in manifest.engines:
+        if entry.verdict == Verdict.NOT_EXECUTED.value:
+            with suppress(UnsupportedError):
+                check_can_run(entry.row)
+                return entry.label
+    return None
 
 
 def _exported_files(manifest: Manifest) -> list[str]:
