@@ -25,7 +25,7 @@ from engines.report import ParityReport, Verdict
 from graph_passes.interface import graph_inputs, graph_outputs
 from graph_passes.onnx_file import read_graph, write_graph
 from graph_passes.patch import PatchResult, patch_model
-from sarsteer_export.behaviour import BehaviourReport, measure_behaviour
+from sarsteer_export.behaviour import BATCH_SIZE, BehaviourReport, measure_behaviour
 from sarsteer_export.build_inputs import (
     BYTES_PER_PARAMETER,
     PACKAGES,
@@ -51,7 +51,7 @@ from sarsteer_export.bundle.manifest import (
     Manifest,
     describe_files,
 )
-from sarsteer_export.bundle_engines import add_engine, prove_engine
+from sarsteer_export.bundle_engines import add_engine, prove_engine, rows_of
 from sarsteer_export.exporting.export import export
 from sarsteer_export.parity_run import ParityRun, parity_requests
 from sarsteer_export.range_guard import check_range
@@ -85,7 +85,11 @@ class BuildPreview:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished bundle, its reports as JSON, its engines, and the stages taken from an earlier build."""
+    """A finished bundle, its reports as JSON, its engines, and the stages taken from an earlier build.
+
+    `engine_behaviour`: behaviour on every engine that it was measured on, by the engine's label; each report holds
+    its table.
+    """
 
     path: Path
     parity: dict[str, Any]
@@ -93,6 +97,7 @@ class BuildResult:
     behaviour: dict[str, Any] | None
     behaviour_table: str | None
     engines: tuple[EngineEntry, ...]
+    engine_behaviour: dict[str, dict[str, Any]]
     reused: tuple[str, ...]
 
 
@@ -144,7 +149,13 @@ def build(
         chosen = parity_requests(inputs.harmful, inputs.benign, count=settings.parity.prompts)
         run = ParityRun(lalm, plan, chosen, settings.parity, progress)
         proven = [prove_engine(run, folder, entry) for entry in engines]
-        manifest = finish(folder, manifest, report, proven, behaviour, settings)
+        check_verdicts(report, proven)
+        measured = [
+            (entry, measure_engine(folder, entry, lalm, plan, inputs, settings, progress))
+            for entry, judged in proven
+            if inputs.evaluation and judged.verdict is Verdict.PASSED
+        ]
+        manifest = finish(folder, manifest, report, proven, behaviour, measured, settings)
     return BuildResult(
         path=target,
         parity=report.to_json(),
@@ -152,6 +163,7 @@ def build(
         behaviour=None if behaviour is None else behaviour.to_json(),
         behaviour_table=None if behaviour is None else behaviour.table(),
         engines=manifest.engines,
+        engine_behaviour={entry.label: _with_table(found) for entry, found in measured},
         reused=reusable,
     )
 
@@ -299,26 +311,55 @@ def make_engines(
     )
 
 
+def check_verdicts(report: ParityReport, proven: Sequence[tuple[EngineEntry, ParityReport]]) -> None:
+    """Raise `ParityError` unless the verdict on the graphs is passed and none on an engine is failed."""
+    _check_verdict("the steered engine", report, Verdict.PASSED)
+    for entry, judged in proven:
+        _check_verdict(f"the {entry.label} engine", judged, Verdict.PASSED, Verdict.NOT_EXECUTED)
+
+
+def measure_engine(
+    folder: Path,
+    entry: EngineEntry,
+    lalm: Lalm,
+    plan: SteeringPlan,
+    inputs: BuildInputs,
+    settings: BuildSettings,
+    progress: Progress | None,
+) -> BehaviourReport:
+    """Behaviour on an engine of a bundle folder that this machine runs."""
+    rows = rows_of(folder, entry)
+    with Bundle(folder, engine=entry.backend) as bundle:
+        return measure_behaviour(
+            lalm,
+            bundle,
+            plan,
+            inputs.evaluation,
+            settings.judge,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=BATCH_SIZE if rows is None else min(BATCH_SIZE, rows),
+            engine_name=entry.backend,
+            progress=progress,
+        )
+
+
 def finish(
     folder: Path,
     manifest: Manifest,
     report: ParityReport,
     proven: Sequence[tuple[EngineEntry, ParityReport]],
     behaviour: BehaviourReport | None,
+    measured: Sequence[tuple[EngineEntry, BehaviourReport]],
     settings: BuildSettings,
 ) -> Manifest:
-    """Write the reports and the final manifest.
-
-    Raises `ParityError` unless the verdict on the graphs is passed and none on an engine is failed.
-    """
-    _check_verdict("the steered engine", report, Verdict.PASSED)
-    for entry, judged in proven:
-        _check_verdict(f"the {entry.label} engine", judged, Verdict.PASSED, Verdict.NOT_EXECUTED)
+    """Write the reports and the final manifest."""
     _write_parity(folder / PARITY_REPORT, report)
     for entry, judged in proven:
         _write_parity(folder / entry.report, judged)
     if behaviour is not None:
-        _write_json(folder / BEHAVIOUR_REPORT, behaviour.to_json() | {"table": behaviour.table()})
+        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour))
+    for entry, found in measured:
+        _write_json(folder / entry.behaviour, _with_table(found))
     if not settings.keep_unsteered:
         (folder / UNSTEERED_DECODER).unlink()
     parity = {"verdict": report.verdict.value, "backend": report.backend, "precision": report.precision}
@@ -335,6 +376,10 @@ def _check_verdict(engine: str, report: ParityReport, *good: Verdict) -> None:
             f"parity of {engine} with the steered eager model failed; nothing was written:\n  "
             + "\n  ".join(report.failures())
         )
+
+
+def _with_table(report: BehaviourReport) -> dict[str, Any]:
+    return report.to_json() | {"table": report.table()}
 
 
 def _write_parity(path: Path, report: ParityReport) -> None:
@@ -381,6 +426,11 @@ def _up_to_date(target: Path, manifest: Manifest) -> BuildResult:
         behaviour=behaviour,
         behaviour_table=None if behaviour is None else behaviour["table"],
         engines=manifest.engines,
+        engine_behaviour={
+            entry.label: json.loads((target / entry.behaviour).read_text(encoding="utf-8"))
+            for entry in manifest.engines
+            if (target / entry.behaviour).is_file()
+        },
         reused=tuple(manifest.stages),
     )
 

@@ -90,6 +90,7 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
     parts = [result.parity_table]
     if result.behaviour_table is not None:
         parts.append(result.behaviour_table)
+    parts += [report["table"] for report in result.engine_behaviour.values()]
     parts += [
         f"engine {entry.label}: {entry.verdict}" + ("" if entry.reason is None else f" ({entry.reason})")
         for entry in result.engines
@@ -102,6 +103,7 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         "parity": result.parity,
         "behaviour": result.behaviour,
         "engines": [dataclasses.asdict(entry) for entry in result.engines],
+        "engine_behaviour": result.engine_behaviour,
         "reused": list(result.reused),
     }
     emit(summary, "\n\n".join(parts), as_json=as_json)
