@@ -99,7 +99,8 @@ class BuildSettings:
 class BuildInputs:
     """The inputs of a build, read and identified: what the stage keys are made of.
 
-    `longest`: the most positions the model knows, where its configuration says.
+    `longest`: the most positions the model knows, `decoder`: the interface of its exported decoder, each where its
+    configuration says.
     """
 
     model: Path
@@ -109,6 +110,7 @@ class BuildInputs:
     benign: tuple[SpokenRequest, ...]
     evaluation: dict[str, Sequence[SpokenRequest]]
     stages: dict[str, str]
+    decoder: tuple[Binding, ...] | None = None
 
 
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
@@ -163,7 +165,9 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         settings.keep_unsteered,
         magnitudes,
     )
-    return BuildInputs(model, identity, _longest(config), harmful, benign, evaluation, stages)
+    return BuildInputs(
+        model, identity, _longest(config), harmful, benign, evaluation, stages, _decoder_inputs(config)
+    )
 
 
 def _check_profiles(settings: BuildSettings, config: dict[str, Any]) -> None:
@@ -177,7 +181,7 @@ def _check_profiles(settings: BuildSettings, config: dict[str, Any]) -> None:
     rows = engine.max_batch
     if inputs is not None:
         profiles = engine.decoder_profiles(inputs, longest)
-        rows = max(profile.shapes["inputs_embeds"].max[0] for profile in profiles)
+        rows = min(rows, max(profile.shapes["inputs_embeds"].max[0] for profile in profiles))
     if settings.parity.prompts > rows:
         raise InputError(
             f"parity runs {settings.parity.prompts} prompts at once, the engine admits {rows}; raise --max-batch (or "

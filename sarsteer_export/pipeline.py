@@ -25,6 +25,7 @@ from engines.report import ParityReport, Verdict
 from graph_passes.interface import graph_inputs, graph_outputs
 from graph_passes.onnx_file import read_graph, write_graph
 from graph_passes.patch import PatchResult, patch_model
+from sarsteer_export.around_decoder import ROLLOUT_TOKENS
 from sarsteer_export.behaviour import BATCH_SIZE, BehaviourReport, measure_behaviour
 from sarsteer_export.build_inputs import (
     BYTES_PER_PARAMETER,
@@ -54,6 +55,7 @@ from sarsteer_export.bundle.manifest import (
 from sarsteer_export.bundle_engines import add_engine, prove_engine, rows_of
 from sarsteer_export.exporting.export import export
 from sarsteer_export.parity_run import ParityRun, parity_requests
+from sarsteer_export.prompt_lengths import Asked, check_prompts
 from sarsteer_export.range_guard import check_range
 from sarsteer_export.report_page import parity_page
 from sarsteer_export.staging import check_output, nearest_folder, staged_directory
@@ -123,6 +125,7 @@ def build(
         lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
         for requests in (inputs.harmful, inputs.benign, *inputs.evaluation.values()):
             check_clips(lalm, requests)
+        check_prompts_fit(lalm, inputs, settings)
         _write_frontend(lalm, folder)
         plan = (
             SteeringPlan.load(target / PLAN)
@@ -208,6 +211,22 @@ def check_known_range(target: Path, reusable: Sequence[str], settings: BuildSett
     else:
         return
     check_range(SteeringPlan.load(plan), read_graph(target / decoder), allow_overflow=settings.allow_overflow)
+
+
+def check_prompts_fit(lalm: Lalm, inputs: BuildInputs, settings: BuildSettings) -> None:
+    """Refuse prompts that the engines' profiles do not admit, before anything is built.
+
+    Also where the engines cannot be run: who runs them asks the same. Raises `InputError` naming the longest.
+    """
+    engine = settings.engine
+    if inputs.decoder is None or not any(row.runtime is Runtime.TENSORRT for row in engine.backends):
+        return
+    profiles = engine.decoder_profiles(inputs.decoder, inputs.longest)
+    chosen = parity_requests(inputs.harmful, inputs.benign, count=settings.parity.prompts)
+    rows = min(BATCH_SIZE, engine.max_batch)
+    asked = [Asked(chosen, len(chosen), max(settings.parity.decode_steps, ROLLOUT_TOKENS - 1))]
+    asked += [Asked(requests, rows, settings.max_new_tokens - 1) for requests in inputs.evaluation.values()]
+    check_prompts(lalm, asked, inputs.decoder, profiles)
 
 
 def make_plan(lalm: Lalm, settings: BuildSettings, progress: Progress | None) -> SteeringPlan:
