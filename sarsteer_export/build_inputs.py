@@ -113,6 +113,11 @@ class BuildInputs:
     decoder: tuple[Binding, ...] | None = None
 
 
+def engine_stage(backend: str) -> str:
+    """The stage that builds the engines of one backend."""
+    return f"engine {backend}"
+
+
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     """Read and check what a build starts from, as far as that goes without loading the model."""
     config = read_config(model)
@@ -148,13 +153,15 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     if settings.engine.engines:
         _check_profiles(settings, config)
         check_engines(settings.engine, settings.dtype)
-        versions = [backend.version() for backend in settings.engine.backends]
-        stages["engines"] = _key(
-            stages,
-            dataclasses.asdict(settings.engine),
-            versions,
+        common = [
+            dataclasses.asdict(dataclasses.replace(settings.engine, engines=())),
             [gpu.compute_capability for gpu in cuda_driver().gpus],
-        )
+        ]
+        keys = {
+            engine_stage(backend.name): _key(stages, common, backend.version())
+            for backend in settings.engine.backends
+        }
+        stages |= keys
     stages["verify"] = _key(
         stages,
         dataclasses.asdict(settings.parity),

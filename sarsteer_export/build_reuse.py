@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.errors import InputError, UnsupportedError
 from engines.opening import check_can_run
 from engines.report import Verdict
+from engines.sidecar import sidecar_of
+from sarsteer_export.build_inputs import engine_stage
 from sarsteer_export.bundle.manifest import (
     ENGINES_FOLDER,
     ONNX_FOLDER,
@@ -22,7 +25,6 @@ from sarsteer_export.bundle.manifest import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from sarsteer_export.build_inputs import BuildInputs
 
@@ -48,7 +50,7 @@ def reusable_stages(target: Path, earlier: Manifest | None, inputs: BuildInputs)
     files = {
         "calibrate": [PLAN.as_posix()],
         "export": exported,
-        "engines": _engine_files(earlier),
+        **{engine_stage(entry.backend): _engine_files(entry) for entry in earlier.engines},
         "verify": list(earlier.files),
     }
     if UNSTEERED_DECODER.as_posix() not in exported:
@@ -87,9 +89,11 @@ def _exported_files(manifest: Manifest) -> list[str]:
     return [name for name in manifest.files if name.startswith(inside) and name != STEERED_DECODER.as_posix()]
 
 
-def _engine_files(manifest: Manifest) -> list[str]:
-    """Engines and their sidecars."""
-    return [name for name in manifest.files if name.startswith(f"{ENGINES_FOLDER.as_posix()}/")]
+def _engine_files(entry: EngineEntry) -> list[str]:
+    """The engines of an entry and their sidecars; none for an execution provider, which runs the graphs."""
+    inside = f"{ENGINES_FOLDER.as_posix()}/"
+    engines = [file for file in entry.components.values() if file.startswith(inside)]
+    return [*engines, *(sidecar_of(Path(file)).as_posix() for file in engines)]
 
 
 def copy_export(target: Path, manifest: Manifest, folder: Path) -> None:
@@ -97,10 +101,10 @@ def copy_export(target: Path, manifest: Manifest, folder: Path) -> None:
     _copy(target, folder, _exported_files(manifest))
 
 
-def copy_engines(target: Path, manifest: Manifest, folder: Path) -> tuple[EngineEntry, ...]:
-    """Copy the engines of an earlier bundle into a new bundle's folder; they are proven anew."""
-    _copy(target, folder, _engine_files(manifest))
-    return manifest.engines
+def copy_engine(target: Path, entry: EngineEntry, folder: Path) -> EngineEntry:
+    """Copy the engines of an entry of an earlier bundle into a new bundle's folder; they are proven anew."""
+    _copy(target, folder, _engine_files(entry))
+    return entry
 
 
 def _copy(target: Path, folder: Path, names: Sequence[str]) -> None:

@@ -32,9 +32,10 @@ from sarsteer_export.build_inputs import (
     PACKAGES,
     BuildInputs,
     BuildSettings,
+    engine_stage,
     read_inputs,
 )
-from sarsteer_export.build_reuse import copy_engines, copy_export, earlier_bundle, reusable_stages
+from sarsteer_export.build_reuse import copy_engine, copy_export, earlier_bundle, reusable_stages
 from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.frontend import check_extractor
 from sarsteer_export.bundle.manifest import (
@@ -144,10 +145,14 @@ def build(
         manifest = describe(lalm, plan, patched, inputs, folder)
         manifest.write(folder)
         report, behaviour = prove(folder, lalm, plan, inputs, settings, progress)
-        if earlier is not None and "engines" in reusable:
-            engines = copy_engines(target, earlier, folder)
-        else:
-            engines = make_engines(folder, inputs, settings, progress)
+        kept = () if earlier is None else earlier.engines
+        standing = {entry.backend: entry for entry in kept if engine_stage(entry.backend) in reusable}
+        engines = tuple(
+            copy_engine(target, standing[backend.name], folder)
+            if backend.name in standing
+            else add_engine(folder, backend, settings.engine, longest=inputs.longest, progress=progress)
+            for backend in settings.engine.backends
+        )
         dataclasses.replace(manifest, engines=engines).write(folder)
         chosen = parity_requests(inputs.harmful, inputs.benign, count=settings.parity.prompts)
         run = ParityRun(lalm, plan, chosen, settings.parity, progress)
@@ -318,16 +323,6 @@ def prove(
                     progress=progress,
                 )
     return report, behaviour
-
-
-def make_engines(
-    folder: Path, inputs: BuildInputs, settings: BuildSettings, progress: Progress | None
-) -> tuple[EngineEntry, ...]:
-    """Build every engine that was asked for into a bundle folder."""
-    return tuple(
-        add_engine(folder, backend, settings.engine, longest=inputs.longest, progress=progress)
-        for backend in settings.engine.backends
-    )
 
 
 def check_verdicts(report: ParityReport, proven: Sequence[tuple[EngineEntry, ParityReport]]) -> None:

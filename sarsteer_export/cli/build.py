@@ -79,10 +79,11 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
     )
     if dry_run:
         found = preview(model, output, settings)
-        lines = [f"{stage:10} {fate}" for stage, fate in found.steps]
-        lines.append(f"parameters {found.parameters / 1e6:,.1f} M")
-        lines.append(f"disk       {found.disk_bytes / 1e6:,.1f} MB for the bundle (estimate)")
-        lines.append(f"memory     {found.memory_bytes / 1e6:,.1f} MB beside the libraries (estimate)")
+        width = max(10, *(len(stage) for stage, _ in found.steps))
+        lines = [f"{stage:{width}} {fate}" for stage, fate in found.steps]
+        lines.append(f"{'parameters':{width}} {found.parameters / 1e6:,.1f} M")
+        lines.append(f"{'disk':{width}} {found.disk_bytes / 1e6:,.1f} MB for the bundle (estimate)")
+        lines.append(f"{'memory':{width}} {found.memory_bytes / 1e6:,.1f} MB beside the libraries (estimate)")
         emit(dataclasses.asdict(found), "\n".join(lines), as_json=as_json)
         return
     quiet_transformers()

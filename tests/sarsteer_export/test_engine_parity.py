@@ -141,7 +141,7 @@ def test_parity_of_an_engine_runs_by_itself_after_the_build(
     assert json.loads((path / manifest.engines[0].behaviour).read_text(encoding="utf-8")) == measured
     assert manifest.engines[0].behaviour.as_posix() in manifest.files
     again = sarsteer(*build)
-    assert "reused: calibrate, engines, export, verify" in answered(again)
+    assert "reused: calibrate, engine tensorrt-rtx, export, verify" in answered(again)
     assert answered(again).count(measured["table"]) == 1
 
     requests = [*read_requests(inputs.harmful), *read_requests(inputs.benign)][:2]

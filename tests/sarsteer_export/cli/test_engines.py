@@ -401,14 +401,31 @@ def test_engines_of_other_profiles_are_built_anew(
     answer = answered_json(sarsteer(*build, "--max-batch", "3"))
     assert answer["reused"] == ["calibrate", "export"]
     other_judge = answered_json(sarsteer(*build, "--max-batch", "3", "--answer-pattern", "x"))
-    assert other_judge["reused"] == ["calibrate", "export", "engines"]
+    both = ["engine tensorrt-rtx", "engine onnxruntime-cuda"]
+    assert other_judge["reused"] == ["calibrate", "export", *both]
     assert [entry["verdict"] for entry in other_judge["engines"]] == ["built, not executed"] * 2
+
+
+def test_an_engine_that_is_added_leaves_the_others_as_they_are(
+    engine_bundle: tuple[Path, Any], inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(engine_bundle[0], tmp_path / "bundle"))
+    before = listing(path / "engines")
+    monkeypatch.setattr(
+        "sarsteer_export.bundle_engines.build_engine", None
+    )  # none is built: the one is there
+    build = (*inputs.build, *RTX, "--max-batch", "2", "--overwrite", "-o", path, "--json")
+    third = ("--engine", "onnxruntime-tensorrt")
+    answer = answered_json(sarsteer(*build, *third))
+    assert answer["reused"] == ["calibrate", "export", "engine tensorrt-rtx"]
+    assert [entry["backend"] for entry in answer["engines"]] == ["tensorrt-rtx", "onnxruntime-tensorrt"]
+    assert listing(path / "engines") == before
 
 
 def test_a_dry_run_names_the_engines(inputs: Inputs, tmp_path: Path) -> None:
     plain = answered_json(sarsteer(*inputs.build, "-o", tmp_path / "b", "--dry-run", "--json"))
     more = answered_json(sarsteer(*inputs.build, *RTX, "-o", tmp_path / "b", "--dry-run", "--json"))
-    assert [step for step, _ in more["steps"]] == ["calibrate", "export", "engines", "verify"]
+    assert [step for step, _ in more["steps"]] == ["calibrate", "export", "engine tensorrt-rtx", "verify"]
     assert more["disk_bytes"] > plain["disk_bytes"]
 
 
