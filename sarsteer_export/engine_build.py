@@ -125,7 +125,7 @@ class BuiltEngine:
                 f"  {record.backend} {record.backend_version}, {record.precision}, compute capability "
                 f"{', '.join(record.compute_capabilities)}",
                 f"  {record.build.layers} layers in {record.build.seconds:.1f} s, peak memory "
-                f"{record.build.peak_rss_bytes / 1e6:.0f} MB",
+                f"{record.build.peak_rss_bytes / 1e6:.0f} MB ({record.build.start_rss_bytes / 1e6:.0f} MB before it)",
                 f"  profiles: {profiles or 'none, shapes are fixed'}",
                 f"  steering: {len(record.steering)} constants found in the network, each where it must be",
                 f"  refittable: {refit}",

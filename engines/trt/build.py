@@ -119,6 +119,7 @@ def build_engine(
         build=BuildFacts(
             round(time.monotonic() - start, 3),
             peak.peak_bytes,
+            peak.start_bytes,
             layers,
             f"{platform.system()} {platform.machine()}",
         ),

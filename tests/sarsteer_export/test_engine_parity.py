@@ -101,7 +101,7 @@ def write_engine(
             for c in source.constants
         ),
         refit=Refit((), "not asked for"),
-        build=BuildFacts(1.0, 1, 1, "test"),
+        build=BuildFacts(1.0, 1, 1, 1, "test"),
         warnings=(),
     )
     record.write(sidecar_of(output))

@@ -103,7 +103,7 @@ def sidecar_record(model: onnx.ModelProto, path: Path, *, reason: str | None = N
             for c in source.constants
         ),
         refit=Refit((), reason) if reason else Refit(names, None),
-        build=BuildFacts(1.0, 1, 1, "test"),
+        build=BuildFacts(1.0, 1, 1, 1, "test"),
         warnings=(),
     )
 

@@ -78,7 +78,7 @@ def test_an_engine_and_its_sidecar(
     assert {binding.dtype for binding in record.outputs} == {dtype}
     assert record.inputs[0].dims == ("batch", "sequence", 64)
     assert record.build.seconds > 0
-    assert record.build.peak_rss_bytes > 50e6
+    assert record.build.peak_rss_bytes > record.build.start_rss_bytes > 50e6
     assert record.build.layers > 300
     if kind == "steered":
         assert record.plan_sha256 == PLAN.digest()

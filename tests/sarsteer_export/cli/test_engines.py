@@ -495,6 +495,8 @@ def test_inspect_shows_an_engine(engine_bundle: tuple[Path, Any]) -> None:
         assert words in text
     content = answered_json(sarsteer("inspect", engine, "--json"))
     assert content["kind"] == "engine"
+    peak, start = (content["build"][name] / 1e6 for name in ("peak_rss_bytes", "start_rss_bytes"))
+    assert f"peak memory {peak:.0f} MB ({start:.0f} MB before it)" in text
     assert content["plan_sha256"] == Manifest.read(path).plan_sha256
     assert "tensorrt-rtx" in answered(sarsteer("inspect", path))
 
