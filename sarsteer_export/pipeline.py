@@ -71,6 +71,8 @@ if TYPE_CHECKING:
 
 BYTES_BESIDE_WEIGHTS = 2_000_000
 """Graphs, tokenizer and reports of a small model's bundle; a 7B's are some megabytes more."""
+BYTES_BESIDE_ENGINE_WEIGHTS = 12_000_000
+"""What an engine of TensorRT-RTX holds beside its weights, its kernels: `benchmarks/engine_build.py` shows its size."""
 MEMORY_PER_PARAMETER = {"float32": 12, "float16": 6, "bfloat16": 14}
 """Bytes held at once at the peak: the eager model, the traced program and a runtime session; in bfloat16 the model,
 its copy in float32 and two sessions of the float32 twin."""
@@ -417,7 +419,7 @@ def _disk_bytes(model: Path, settings: BuildSettings) -> int:
     """About how large the bundle will be: the weights once for the graphs and once for every engine."""
     built = [row for row in settings.engine.backends if row.runtime is Runtime.TENSORRT]
     weights = parameter_count(model) * BYTES_PER_PARAMETER[settings.dtype]
-    return weights * (1 + len(built)) + BYTES_BESIDE_WEIGHTS
+    return weights + BYTES_BESIDE_WEIGHTS + len(built) * (weights + BYTES_BESIDE_ENGINE_WEIGHTS)
 
 
 def _check_space(target: Path, needed: int) -> None:

@@ -21,7 +21,7 @@ from sarsteer_export.range_guard import check_range, check_stream_range
 from sarsteer_export.staging import check_output, check_outside_bundle, staged_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
@@ -125,7 +125,7 @@ def engine_constants(
     fingerprint = record.graph.get("model_fingerprint")
     check_plan_fits(
         plan,
-        hidden_size=plan.hidden_size,  # shapes tell: they are compared when the engine is refitted
+        hidden_size=_width(held.values()) or plan.hidden_size,
         num_layers=plan.num_layers,
         fingerprint=fingerprint,
         force=force,
@@ -147,6 +147,14 @@ def engine_constants(
                 "build an engine of the newly patched graph instead"
             )
     return {name: values for name, values in constants.items() if values.ndim}
+
+
+def _width(held: Iterable[NetworkConstant]) -> int | None:
+    """The width of the stream, as the first constant along it shows; basis_scaled is the one that lies across."""
+    along = ("vector", "mean", "basis")
+    return next(
+        (each.shape[0] for each in held if each.shape and each.name.rpartition(".")[2] in along), None
+    )
 
 
 class _Places:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from calibration.errors import InputError
 from engines.backends import BACKENDS, CPU_BACKEND
@@ -128,10 +129,15 @@ def engine_settings(given: dict[str, Any]) -> EngineSettings:
 
     repeated = ("engines", "min_shapes", "opt_shapes", "max_shapes", "profiles", "compute_capabilities")
     values: dict[str, Any] = {name: tuple(given.pop(name)) for name in repeated}
-    values |= {name: given.pop(name) for name in ("max_batch", "max_prompt", "max_total")}
+    limits = ("max_batch", "max_prompt", "max_total")
+    values |= {name: given.pop(name) for name in limits}
+    context = click.get_current_context()
     needless = [name for name in repeated[1:] if values[name]]
+    needless += [name for name in limits if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
     if needless and not values["engines"]:
-        raise InputError("shapes, profiles and compute capabilities are an engine's; name one with --engine")
+        raise InputError(
+            "shapes, their limits, profiles and compute capabilities are an engine's; name one with --engine"
+        )
     return EngineSettings(**values)
 
 

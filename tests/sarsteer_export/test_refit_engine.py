@@ -171,6 +171,25 @@ def test_an_engine_that_is_not_refittable_exits_3(
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("reason", [None, "built without a GPU"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_plan_of_another_width_is_told_so_whatever_else_is_wrong(
+    gpu: None, engine: Make, tmp_path: Path, reason: str | None, first: int
+) -> None:
+    """No engine that could be refitted would take it, and no GPU would help."""
+    wide = HAND_WIDTH + 1
+    edits = (
+        Add(0, random_vector(wide, seed=1)),
+        Project(1, random_basis(wide, 2, seed=1), positions=Positions.ALL),
+    )
+    SteeringPlan(wide, HAND_LAYERS, edits[first:]).save(tmp_path / "wide.safetensors")
+    old = engine(reason=reason)
+    before = listing(tmp_path)
+    result = sarsteer("refit", old, "--plan", tmp_path / "wide.safetensors", "-o", tmp_path / "new.engine")
+    refused(result, f"{wide}", f"{HAND_WIDTH}", "width")
+    assert listing(tmp_path) == before
+
+
 def test_a_float16_engine_is_not_refitted_with_what_it_cannot_hold(
     gpu: None, engine: Make, tmp_path: Path
 ) -> None:

@@ -438,6 +438,8 @@ def test_a_dry_run_names_the_engines(inputs: Inputs, tmp_path: Path) -> None:
         ((*RTX, "--max-shapes", "inputs_embeds:2x8x65"), ("65", "64"), 2),
         ((*RTX, "--max-shapes", "inputs_embeds:1x8x64"), ("parity runs 2 prompts", "admits 1"), 2),
         (("--max-shapes", "inputs_embeds:2x8x64"), ("--engine",), 2),
+        (("--max-batch", "8"), ("an engine's; name one with --engine",), 2),
+        (("--max-total", "2048"), ("an engine's; name one with --engine",), 2),
         ((*RTX, "--max-batch", "1"), ("parity runs 2 prompts at once", "--max-batch"), 2),
         ((*RTX, "--compute-capability", "1.0"), ("1.0",), 3),
         ((*RTX, "--max-total", "99999999999", "--dry-run"), ("--max-total is 99999999999",), 2),
