@@ -422,11 +422,13 @@ def test_an_engine_that_is_added_leaves_the_others_as_they_are(
     assert listing(path / "engines") == before
 
 
-def test_a_dry_run_names_the_engines(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_dry_run_names_the_engines(engine_bundle: tuple[Path, Any], inputs: Inputs, tmp_path: Path) -> None:
     plain = answered_json(sarsteer(*inputs.build, "-o", tmp_path / "b", "--dry-run", "--json"))
     more = answered_json(sarsteer(*inputs.build, *RTX, "-o", tmp_path / "b", "--dry-run", "--json"))
     assert [step for step, _ in more["steps"]] == ["calibrate", "export", "engine tensorrt-rtx", "verify"]
     assert more["disk_bytes"] > plain["disk_bytes"]
+    written = sum(file.stat().st_size for file in engine_bundle[0].rglob("*") if file.is_file())
+    assert written < more["disk_bytes"] < 2 * written, "an estimate is enough, and no more than twice as much"
 
 
 @pytest.mark.parametrize(
