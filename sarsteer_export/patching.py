@@ -16,6 +16,8 @@ from graph_passes.selection import SteeringInputs
 from graph_passes.sites_file import read_sites
 from graph_passes.unpatch import is_steered, unpatch_model
 from sarsteer_export.decoder_file import check_output_name, write_decoder
+from sarsteer_export.range_guard import check_range
+from sarsteer_export.staging import check_outside_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +37,8 @@ class PatchSettings:
     `inputs`: what the steered graph is told at run time. `combine`: what is done where several plans meet. `sites`: a
     file that says where the blocks are, instead of finding them. `force`: accept plans that were made for another
     model. `replace`: take out the steering that the graph holds first. `copy`: give the output data of its own,
-    `<output>.data`, beside the decoder too.
+    `<output>.data`, beside the decoder too. `allow_overflow`: only warn of float16 that cannot hold what calibration
+    saw.
     """
 
     inputs: SteeringInputs = SteeringInputs()  # noqa: RUF009 - frozen
@@ -44,6 +47,7 @@ class PatchSettings:
     force: bool = False
     replace: bool = False
     copy: bool = False
+    allow_overflow: bool = False
 
 
 def patch(
@@ -62,13 +66,16 @@ def patch(
     be found, `UnsupportedError` when it cannot tell the positions that a plan names.
     """
     source, target = Path(decoder), Path(output)
+    check_outside_bundle(target)
     graph = read_graph(source)
     chosen = load_plans(plan, settings.combine)
     check_output_name(graph, source, target)
+    check_outside_bundle(target)
     if settings.replace and is_steered(graph):
         graph = unpatch_model(graph)
     stream = None if settings.sites is None else read_checked_sites(graph, settings.sites)
     result = patch_model(graph, chosen, force=settings.force, inputs=settings.inputs, stream=stream)
+    check_range(chosen, graph, stream=result.stream, allow_overflow=settings.allow_overflow)
     write_decoder(result.model, source, target, overwrite=overwrite, copy=settings.copy, progress=progress)
     return result
 
@@ -81,6 +88,7 @@ def unpatch(steered: str | Path, output: str | Path, *, overwrite: bool = False)
     source, target = Path(steered), Path(output)
     graph = read_graph(source)
     check_output_name(graph, source, target)
+    check_outside_bundle(target)
     original = unpatch_model(graph)
     write_decoder(original, source, target, overwrite=overwrite)
     return original

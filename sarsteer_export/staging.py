@@ -54,6 +54,24 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
     return target
 
 
+def check_outside_bundle(path: str | Path) -> None:
+    """Raise `InputError` for a file that would be written into a bundle, in place of one of its own or beside them."""
+    target = Path(path)
+    folder = target.parent.resolve()
+    bundle = next((place for place in (folder, *folder.parents) if _is_bundle(place)), None)
+    if bundle is None:
+        return
+    if target.exists():
+        raise InputError(
+            f"{target}: belongs to the bundle {bundle}, whose hashes and parity verdict would no longer "
+            "hold; name an output outside the bundle with -o"
+        )
+    raise InputError(
+        f"{target}: lies inside the bundle {bundle}, which holds nothing but what its manifest lists; name an output "
+        "outside the bundle with -o"
+    )
+
+
 @contextmanager
 def staged_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill; it becomes `path` when the block ends well, and is removed when it does not.
@@ -129,6 +147,13 @@ def _move(whole: Path, target: Path, places: Mapping[Path, Path], kept: Path) ->
             with suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def _is_bundle(folder: Path) -> bool:
+    with suppress(OSError, ValueError, RecursionError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    return False
 
 
 def foreign_file(folder: Path) -> str | None:

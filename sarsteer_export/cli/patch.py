@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sarsteer_export.cli.command import Command, Progress, emit, options
-from sarsteer_export.cli.options import FILE, force_option, overwrite_option
+from sarsteer_export.cli.options import FILE, force_option, overflow_option, overwrite_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,6 +73,7 @@ run_time_options = options(
 @click.option("--replace", is_flag=True, help="Take out the steering that DECODER holds first.")
 @click.option("--explain", is_flag=True, help="Say which form every edit takes, why, and what it costs.")
 @force_option
+@overflow_option
 @overwrite_option
 def command(
     decoder: Path,
