@@ -230,7 +230,7 @@ def test_a_write_that_fails_leaves_the_old_graph(steered: Path, monkeypatch: pyt
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sarsteer_export.patching.write_graph", fail)
+    monkeypatch.setattr("sarsteer_export.decoder_file.write_graph", fail)
     before = listing(steered.parent)
     with pytest.raises(InputError, match="no space left on the device; nothing was written"):
         refit(steered, NEW)
