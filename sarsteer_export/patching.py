@@ -10,7 +10,7 @@ from calibration.plan import SteeringPlan
 from graph_passes.external_copy import copied_locations, copy_files, relocate
 from graph_passes.onnx_file import external_files, read_graph, write_graph
 from graph_passes.patch import LastFrom, PatchResult, patch_model
-from sarsteer_export.staging import staged_file
+from sarsteer_export.staging import check_output, staged_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,6 +73,7 @@ def write_decoder(
     locations = {file.location: file.location for file in external_files(graph)}
     if beside:
         locations = copied_locations(graph, target.name) if copy else {}
+    check_output(target, overwrite=overwrite)
     _check_places(source, target, locations, overwrite=overwrite)
     with staged_file(target, overwrite=overwrite) as staged:
         copies = {source.parent / old: staged.parent / new for old, new in locations.items()}
