@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from calibration.errors import InputError
 from graph_passes.external_copy import copied_locations, copy_files, relocate
 from graph_passes.onnx_file import external_files, write_graph
-from sarsteer_export.staging import staged_file
+from sarsteer_export.staging import check_output, staged_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,6 +45,7 @@ def write_decoder(
     locations = {file.location: file.location for file in external_files(graph)}
     if beside:
         locations = copied_locations(graph, target.name) if copy else {}
+    check_output(target, overwrite=overwrite)
     _check_places(source, target, locations, overwrite=overwrite)
     with staged_file(target, overwrite=overwrite) as staged:
         copies = {source.parent / old: staged.parent / new for old, new in locations.items()}
