@@ -21,9 +21,9 @@ LOOKUP_OPS = frozenset({"Gather", "GatherElements", "GatherND"})
 def find_attention_mask(index: GraphIndex, start: str, attention: list[str]) -> str | None:
     """The graph input [batch, past + sequence] that says which positions are attended to, or None.
 
-    It is of rank 2 and of integers or bools, the embeddings `start` do not depend on it, and `attention`, branches of
-    the residual stream, do, not by way of an angle or as the index of a lookup as of position ids. Its name only decides
-    between several of these, or speaks for one that nothing reads.
+    It is of rank 2 and of integers or bools; the embeddings `start` do not depend on it; `attention`, branches of
+    the residual stream, do, and not as on position ids, by way of an angle or as the index of a lookup. Its name
+    only decides between several such inputs, or speaks for one where nothing reads any.
     """
     ranked = [value for value in index.graph.input if value.name in index.inputs and _may_be_mask(value)]
     named = [value.name for value in ranked if _is_named(value.name)]
