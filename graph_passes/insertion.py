@@ -231,10 +231,10 @@ class _Insertion:
         graph = self._scope.graph(model)
         index = self._scope.index(model)
         choices = self._choices(index)
-        split = {anchor for anchor in self._anchors if not self._on_bias(anchor, choices)}
+        split = [anchor for anchor in self._anchors if not self._on_bias(anchor, choices)]
         split_in_place(graph, model.graph, split)
         index = self._scope.index(model)
-        for anchor in self._anchors:
+        for anchor in split:
             self._check_anchor(index, anchor)
         splices = [self._shared(index, choices)]
         inserted: list[InsertedEdit] = []

@@ -20,7 +20,6 @@ from graph_passes.graph_index import GraphIndex, describe, subgraphs
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-    from typing import Any
 
     from graph_passes.scopes import Scope
 
@@ -136,9 +135,10 @@ def _prefix(node: NodeProto, prefix: str, kept: Collection[str]) -> None:
     for body in subgraphs(node):
         for child in body.node:
             _prefix(child, prefix, kept)
-        named: list[Any] = [*body.input, *body.output, *body.value_info, *body.initializer]
-        for entry in named:
-            entry.name = entry.name if entry.name in kept else prefix + entry.name
+        for value in (*body.input, *body.output, *body.value_info):
+            value.name = value.name if value.name in kept else prefix + value.name
+        for tensor in body.initializer:
+            tensor.name = tensor.name if tensor.name in kept else prefix + tensor.name
 
 
 def _free_stem(call: NodeProto, taken: Collection[str]) -> str:
@@ -151,7 +151,7 @@ def _free_stem(call: NodeProto, taken: Collection[str]) -> str:
 
 
 def _names(graph: GraphProto) -> set[str]:
-    names = {value.name for value in (*graph.input, *graph.initializer)}
+    names = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         names.update((node.name, *node.output))
         for body in subgraphs(node):
