@@ -358,6 +358,7 @@ def _final_norm_output(index: GraphIndex, stream_end: str, elem_type: int) -> st
     selects = (
         norm >> position & 1
         and node.op_type in SELECTION_OPS - {"Reshape"}
+        and not is_steering(node)
         and index.ancestors(node.input[0]) & end
         for position, node in enumerate(index.nodes)
     )
