@@ -118,11 +118,12 @@ class _Table:
     def _shared(self) -> tuple[SharedNode, ...]:
         nodes = [node for node in self.reader.shared() if node.name in self.names and node.output]
         made = {node.output[0] for node in nodes}
+        inputs = {value.name for value in self.index.graph.input}  # those with a default value too
         return tuple(
             SharedNode(
                 op=node.op_type,
                 name=node.name,
-                inputs=tuple(name for name in node.input if name in self.index.inputs),
+                inputs=tuple(name for name in node.input if name in inputs),
                 reads=tuple(name for name in node.input if name in made),
                 output=node.output[0],
             )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from graph_passes.names import STEERED_PREFIX
 from graph_passes.stream_table import makers, shared_tensors
-from sarsteer_export.inspection.stream_text import constant_text, shared_name, shared_text
+from sarsteer_export.inspection.stream_text import constant_text, shared_name, shared_source, shared_text
 from sarsteer_export.picture_colours import DARK, LIGHT
 from sarsteer_export.svg import Drawing, text_width
 
@@ -212,8 +212,8 @@ class _Panel:
                 self._edit_link(edit, number, y, target)
             y += ROW
         if not edit.inserted:
-            own = f"by the decoder's own {edit.nodes[-1].op} {edit.nodes[-1].name}"
-            draw.text((x, y + 8), own, "muted", size=10.5, family="mono", width=EDIT_WIDTH - 10)
+            own = f"in the bias of {edit.nodes[-1].name or edit.nodes[-1].op}"
+            draw.text((x, y + 7), own, "muted", size=10.5, family="mono", width=EDIT_WIDTH - 10)
         self.y += height
 
     def _edit_row(self, node: EditNode, y: float, *, last: bool, inserted: bool) -> None:
@@ -260,7 +260,8 @@ class _Panel:
         """What the edits of this block share, listed once."""
         for tensor in shared_tensors(self.view.edits):
             ops = [node.op for node in makers(self.view.shared, tensor)]
-            lines = _wrapped(ops or [tensor], EDIT_WIDTH + BRANCH - 10, 10.5, joint=", ")
+            lines = [shared_source(self.view.shared, tensor)]
+            lines += _wrapped(ops, EDIT_WIDTH + BRANCH - 10, 10.5, joint=", ") if ops else []
             height = 30 + LINE * len(lines)
             if self.edits:
                 x = self.trunk - 14
@@ -270,7 +271,7 @@ class _Panel:
                 self.drawing.text((x + 12, self.y + 19), title, "strong", size=11.5, width=room)
                 for number, line in enumerate(lines):
                     at = (x + 12, self.y + 37 + LINE * number)
-                    self.drawing.text(at, line, "muted", size=10.5, family="mono")
+                    self.drawing.text(at, line, "muted", size=10.5, family="mono", width=room)
             self.y += height + 12
 
     def _joint(self, y: float, sign: str, kind: str) -> None:
@@ -307,7 +308,7 @@ def _sum_height(total: ResidualSum) -> float:
 
 
 def _edit_height(edit: EditInGraph) -> float:
-    return 30 + ROW * len(edit.nodes) + 12 + (0 if edit.inserted else 10)
+    return 30 + ROW * len(edit.nodes) + 12 + (0 if edit.inserted else LINE)
 
 
 def _site_height(row: SiteRow) -> float:

@@ -36,7 +36,8 @@ def explain_edits(result: PatchResult, plan: SteeringPlan) -> list[dict[str, Any
             )
             for phase, sequence in (("decode", 1), (f"prefill of {PREFILL}", PREFILL))
         }
-        entries.append(dataclasses.asdict(edit) | {"form": edit.form.value, "cost": costs})
+        named = {"site": edit.site.value, "form": edit.form.value}
+        entries.append(dataclasses.asdict(edit) | named | {"cost": costs})
     return entries
 
 

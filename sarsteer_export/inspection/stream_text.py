@@ -37,7 +37,8 @@ def table_lines(table: StreamTable, scope: str = "") -> list[str]:
         lines += [f"    {'':13}steered: {edit_text(edit)}" for edit in row.edits]
     for tensor in table.shared_tensors:
         count = len(makers(table.shared, tensor))
-        lines.append(f"  shared by edits: {shared_text(table.shared, tensor)}, {count} nodes")
+        source = shared_source(table.shared, tensor)
+        lines.append(f"  shared by edits: {shared_text(table.shared, tensor)} {source} by {count} nodes")
     return lines
 
 
@@ -75,9 +76,7 @@ def shared_name(tensor: str) -> str:
 
 
 def shared_text(shared: Sequence[SharedNode], tensor: str) -> str:
-    """A shared tensor by its name, type and shape, and the graph inputs whose values it is made from."""
-    nodes = makers(shared, tensor)
-    inputs = sorted({name for node in nodes if node.op not in SHAPES for name in node.inputs})
+    """A shared tensor by its name, type and shape."""
     name = shared_name(tensor)
     if name.startswith("strength"):
         kind = "float32 [B, 1, 1]"
@@ -86,8 +85,18 @@ def shared_text(shared: Sequence[SharedNode], tensor: str) -> str:
     elif tensor.endswith(".nonzero"):
         kind = "bool [B, 1, 1]"
     else:
-        kind = "bool [B, S, 1]" if inputs else "bool [1, S, 1]"
-    return f"{name}: {kind}, made once from {', '.join(inputs) or 'the shape of the stream'}"
+        kind = "bool [B, S, 1]" if _values(shared, tensor) else "bool [1, S, 1]"
+    return f"{name}: {kind}"
+
+
+def shared_source(shared: Sequence[SharedNode], tensor: str) -> str:
+    """The graph inputs whose values a shared tensor is made from."""
+    return f"made once from {', '.join(_values(shared, tensor)) or 'the shape of the stream'}"
+
+
+def _values(shared: Sequence[SharedNode], tensor: str) -> list[str]:
+    nodes = makers(shared, tensor)
+    return sorted({name for node in nodes if node.op not in SHAPES for name in node.inputs})
 
 
 def _repeats(row: SiteRow, table: StreamTable) -> bool:
