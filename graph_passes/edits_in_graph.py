@@ -17,6 +17,8 @@ from calibration.errors import InputError
 from graph_passes.names import STEERING_PREFIX, edit_of, is_steering
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from onnx import NodeProto, TensorProto
 
     from graph_passes.graph_index import GraphIndex
@@ -42,7 +44,7 @@ class EditConstant:
 
 @dataclass(frozen=True)
 class EditNode:
-    """One node of an edit, and what it reads: the stream, constants, its edit's other nodes, what is shared."""
+    """One node of an edit, and what it reads: the stream, its edit's constants and other nodes, what is shared."""
 
     op: str
     name: str
@@ -56,8 +58,8 @@ class EditNode:
 class EditInGraph:
     """One edit as it stands in a graph.
 
-    `positions`: what its mask marks, `all` where it has none. `inserted`: False where the edit is only a
-    constant that a node of the decoder itself reads, such as the bias of a norm.
+    `positions`: what its mask marks, `all` where it has none. `inserted`: False where no inserted node adds the
+    edit to the stream, but a node of the decoder itself, the last of `nodes`, as a bias or as part of its bias.
     """
 
     name: str
@@ -75,10 +77,10 @@ class EditInGraph:
 
 
 class SteeringReader:
-    """Reads the edits of one graph."""
+    """Reads the edits of one flat graph. `origins`: the fused node behind each sum that was split from one."""
 
-    def __init__(self, index: GraphIndex) -> None:
-        self.index = index
+    def __init__(self, index: GraphIndex, origins: Mapping[str, NodeProto]) -> None:
+        self.index, self.origins = index, origins
         self.tensors = {
             tensor.name: tensor
             for tensor in index.graph.initializer
@@ -108,7 +110,7 @@ class SteeringReader:
         return tuple(edit for edit in self.in_decoder_nodes if (edit.layer, edit.site) == (layer, site))
 
     def shared(self) -> tuple[NodeProto, ...]:
-        """The inserted nodes that belong to no edit: masks of positions, zeros beside split sums."""
+        """The inserted nodes that belong to no edit: positions, masks, strengths, zeros beside split sums."""
         return tuple(node for node in self.index.nodes if is_steering(node) and edit_of(node.name) is None)
 
     def _edit(self, name: str, nodes: list[NodeProto]) -> EditInGraph:
@@ -150,21 +152,33 @@ class SteeringReader:
         return EditConstant(tensor.name, dtype, tuple(tensor.dims), norm)
 
     def _read_by_decoder_nodes(self) -> tuple[EditInGraph, ...]:
+        """Vectors that the decoder's own nodes add to the stream, and sums of such vectors and the decoder's biases."""
         found = []
         for name, tensor in self.tensors.items():
-            edit = edit_of(name)
-            readers = [self.index.nodes[position] for position in self.index.consumers[name]]
-            readers = [node for node in readers if not is_steering(node)]
-            if edit is None or not readers:
-                continue
-            constant = (self._constant(tensor),)
-            nodes = tuple(EditNode(node.op_type, node.name, True, constant, (), ()) for node in readers)
-            found.append(_edit_named(edit, "all", nodes, inserted=False))
+            edit, readers = edit_of(name), self._decoder_nodes_reading(name)
+            if edit is not None and readers:
+                constants = (self._constant(tensor),)
+                nodes = tuple(EditNode(node.op_type, node.name, True, constants, (), ()) for node in readers)
+                found.append(_edit_named(edit, "all", nodes, inserted=False))
         for node in self.index.nodes:
             edit = edit_of(node.name) if is_steering(node) else None
-            if edit is not None and all(name in self.index.constants for name in node.input):
-                found.append(_edit_named(edit, "all", (self._node(node, set()),), inserted=False))
+            if edit is None or any(self.index.is_computed(name) for name in node.input if name):
+                continue
+            readers = self._decoder_nodes_reading(node.output[0])
+            own = tuple(
+                EditNode(reader.op_type, reader.name, True, (), (node.name,), ()) for reader in readers
+            )
+            if own:
+                found.append(_edit_named(edit, "all", (self._node(node, set()), *own), inserted=False))
         return tuple(found)
+
+    def _decoder_nodes_reading(self, tensor: str) -> list[NodeProto]:
+        readers = [self.index.nodes[position] for position in self.index.consumers[tensor]]
+        return [
+            self.origins.get(node.output[0], node)
+            for node in readers
+            if node.output and not is_steering(node)
+        ]
 
 
 def _edit_named(name: str, positions: str, nodes: tuple[EditNode, ...], *, inserted: bool) -> EditInGraph:
@@ -181,5 +195,5 @@ def _edit_named(name: str, positions: str, nodes: tuple[EditNode, ...], *, inser
 
 
 def _mask_kind(tensor: str) -> str:
-    """`last` of `sarsteer.last.mask`, `first:2` of `sarsteer.first_2.mask`."""
+    """`last` of `sarsteer.last.mask`, `first:2` of `sarsteer.first_2.mask`, `all` of `sarsteer.all.active.nonzero`."""
     return tensor.removeprefix(STEERING_PREFIX).partition(".")[0].replace("_", ":")

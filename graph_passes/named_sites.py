@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from calibration.errors import InputError
+from calibration.errors import InputError, UnsupportedError
 from graph_passes.block_structure import reshaped
 from graph_passes.fused_norms import ZEROS, split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe
 from graph_passes.names import is_steering
+from graph_passes.scopes import decoder_scopes
 from graph_passes.sites_file import ELEMENT_TYPES, FORMAT, VERSION
 from graph_passes.stream_table import dtype_name
 from graph_passes.tensor_types import recorded_types
@@ -31,6 +32,16 @@ RANK = 3
 NO_JOINS = MATMUL_OPS | {"Expand", "Reshape", "Slice", "Tile", "Where"}
 """What reads several computed tensors and adds none to another."""
 MASK, MASK_RANK = "attention_mask", 2
+
+
+def check_flat(model: ModelProto) -> None:
+    """Raise `UnsupportedError` for a merged decoder: a stream that is given by hand is that of one graph."""
+    scopes = decoder_scopes(model)
+    if len(scopes) > 1:
+        raise UnsupportedError(
+            f"the graph is a merged decoder of {len(scopes)} bodies ({', '.join(map(str, scopes))}); sites by hand "
+            "are those of one graph: leave out --sites, or export the decoder unmerged"
+        )
 
 
 def check_sites(model: ModelProto, stream: ResidualStream) -> None:

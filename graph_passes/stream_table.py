@@ -11,9 +11,11 @@ from calibration.plan import Site
 from graph_passes.edits_in_graph import EditInGraph, SteeringReader
 from graph_passes.fused_norms import fused_sums, split_fused_norms
 from graph_passes.graph_index import GraphIndex
-from graph_passes.names import STEERED_PREFIX, STEERING_PREFIX, UNSTEERED_PREFIX, is_steering
+from graph_passes.names import STEERED_PREFIX, UNSTEERED_PREFIX, is_steering
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from onnx import ModelProto, NodeProto
 
     from graph_passes.residual_stream import ResidualStream
@@ -32,16 +34,13 @@ class NodeName:
 
 @dataclass(frozen=True)
 class SharedNode:
-    """An inserted node that belongs to no edit, and the graph inputs it reads."""
+    """An inserted node that belongs to no edit: the graph inputs and the shared tensors it reads, and what it makes."""
 
     op: str
     name: str
     inputs: tuple[str, ...]
-
-    @property
-    def kind(self) -> str:
-        """What it is part of, as `last` for the mask of last positions."""
-        return self.name.removeprefix(STEERING_PREFIX).partition(".")[0]
+    reads: tuple[str, ...]
+    output: str
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,29 @@ class StreamTable:
     rows: tuple[SiteRow, ...]
     shared: tuple[SharedNode, ...]
 
+    @property
+    def shared_tensors(self) -> tuple[str, ...]:
+        """What edits read of the shared nodes, each once: masks, rows of last positions, strengths."""
+        return shared_tensors(edit for row in self.rows for edit in row.edits)
+
+
+def shared_tensors(edits: Iterable[EditInGraph]) -> tuple[str, ...]:
+    """The shared tensors that edits read, each once."""
+    return tuple(dict.fromkeys(name for edit in edits for node in edit.nodes for name in node.shared))
+
+
+def makers(shared: Sequence[SharedNode], tensor: str) -> tuple[SharedNode, ...]:
+    """The shared nodes that `tensor` depends on, in the graph's order."""
+    wanted, found = {tensor}, []
+    for node in reversed(shared):
+        if node.output in wanted:
+            wanted.update(node.reads)
+            found.append(node)
+    return tuple(reversed(found))
+
 
 def stream_table(model: ModelProto, stream: ResidualStream) -> StreamTable:
-    """The table of a graph, steered or not, whose residual stream is `stream`."""
+    """The table of a flat graph (`Scope.view`), steered or not, whose residual stream is `stream`."""
     return _Table(model, stream).table()
 
 
@@ -79,7 +98,7 @@ class _Table:
         self.index = GraphIndex(split_fused_norms(model).graph)
         self.names = {node.name for node in model.graph.node}
         self.outputs = {value.name for value in model.graph.output}
-        self.reader = SteeringReader(self.index)
+        self.reader = SteeringReader(self.index, self.origins)
 
     def table(self) -> StreamTable:
         sites = [
@@ -93,13 +112,22 @@ class _Table:
             hidden_size=self.stream.hidden_size,
             dtype=dtype_name(self.stream.elem_type),
             rows=tuple(self._row(layer, site) for layer, site in sites),
-            shared=tuple(
-                SharedNode(
-                    node.op_type, node.name, tuple(name for name in node.input if name in self.index.inputs)
-                )
-                for node in self.reader.shared()
-                if node.name in self.names
-            ),
+            shared=self._shared(),
+        )
+
+    def _shared(self) -> tuple[SharedNode, ...]:
+        nodes = [node for node in self.reader.shared() if node.name in self.names and node.output]
+        made = {node.output[0] for node in nodes}
+        inputs = {value.name for value in self.index.graph.input}  # those with a default value too
+        return tuple(
+            SharedNode(
+                op=node.op_type,
+                name=node.name,
+                inputs=tuple(name for name in node.input if name in inputs),
+                reads=tuple(name for name in node.input if name in made),
+                output=node.output[0],
+            )
+            for node in nodes
         )
 
     def _row(self, layer: int, site: Site) -> SiteRow:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from graph_passes.names import STEERED_PREFIX
-from sarsteer_export.inspection.stream_text import constant_text
+from graph_passes.stream_table import makers, shared_tensors
+from sarsteer_export.inspection.stream_text import constant_text, shared_name, shared_source, shared_text
 from sarsteer_export.picture_colours import DARK, LIGHT
 from sarsteer_export.svg import Drawing, text_width
 
@@ -210,11 +211,14 @@ class _Panel:
                 target = y + ROW + (ROW - 10) / 2 if number == len(edit.nodes) - 2 else y + ROW
                 self._edit_link(edit, number, y, target)
             y += ROW
+        if not edit.inserted:
+            own = f"in the bias of {edit.nodes[-1].name or edit.nodes[-1].op}"
+            draw.text((x, y + 7), own, "muted", size=10.5, family="mono", width=EDIT_WIDTH - 10)
         self.y += height
 
     def _edit_row(self, node: EditNode, y: float, *, last: bool, inserted: bool) -> None:
         draw, x, middle = self.drawing, self.trunk + BRANCH, y + (ROW - 10) / 2
-        inputs = [(_mask_name(name), "mask") for name in node.shared]
+        inputs = [(shared_name(name), "mask") for name in node.shared]
         inputs += [(constant_text(constant), "constant") for constant in node.constants]
         named = node.op not in SIGNS or not inserted or not last
         if last:
@@ -222,7 +226,7 @@ class _Panel:
             start = x if named else x + OP_WIDTH + 12 if inputs else x + OP_WIDTH / 2
             draw.path([(start, middle), (self.trunk + 12, middle)], "edit-line", arrow=8)
         if named:
-            self._op(node.op, y)
+            self._op(node.op if inserted or not last else "bias", y)
         if not last and node.reads_stream:
             draw.path([(self.trunk, middle), (x, middle)], "edit-line", arrow=8)
         self._pills(x + OP_WIDTH + 12, y, inputs, room=EDIT_WIDTH - OP_WIDTH - 24, joined=named)
@@ -254,21 +258,20 @@ class _Panel:
 
     def _masks(self) -> None:
         """What the edits of this block share, listed once."""
-        kinds = {_kind(name) for edit in self.view.edits for node in edit.nodes for name in node.shared}
-        for kind in sorted(kinds):
-            nodes = [node for node in self.view.shared if node.kind == kind]
-            reads = sorted({name for node in nodes if node.op != "Shape" for name in node.inputs})
-            lines = _wrapped([node.op for node in nodes], EDIT_WIDTH + BRANCH - 10, 10.5, joint=" → ")
+        for tensor in shared_tensors(self.view.edits):
+            ops = [node.op for node in makers(self.view.shared, tensor)]
+            lines = [shared_source(self.view.shared, tensor)]
+            lines += _wrapped(ops, EDIT_WIDTH + BRANCH - 10, 10.5, joint=", ") if ops else []
             height = 30 + LINE * len(lines)
             if self.edits:
                 x = self.trunk - 14
                 self.drawing.rect((x, self.y, EDIT_WIDTH + 14 + BRANCH, height), "mask")
-                title = f"mask {kind}: bool [B, S, 1], made once from {', '.join(reads) or 'the shape of the stream'}"
+                title = shared_text(self.view.shared, tensor)
                 room = EDIT_WIDTH + BRANCH - 10
                 self.drawing.text((x + 12, self.y + 19), title, "strong", size=11.5, width=room)
                 for number, line in enumerate(lines):
                     at = (x + 12, self.y + 37 + LINE * number)
-                    self.drawing.text(at, line, "muted", size=10.5, family="mono")
+                    self.drawing.text(at, line, "muted", size=10.5, family="mono", width=room)
             self.y += height + 12
 
     def _joint(self, y: float, sign: str, kind: str) -> None:
@@ -305,19 +308,11 @@ def _sum_height(total: ResidualSum) -> float:
 
 
 def _edit_height(edit: EditInGraph) -> float:
-    return 30 + ROW * len(edit.nodes) + 12
+    return 30 + ROW * len(edit.nodes) + 12 + (0 if edit.inserted else LINE)
 
 
 def _site_height(row: SiteRow) -> float:
     return 44 + (22 + sum(_edit_height(edit) for edit in row.edits) if row.edits else 0)
-
-
-def _kind(tensor: str) -> str:
-    return tensor.removeprefix("sarsteer.").partition(".")[0]
-
-
-def _mask_name(tensor: str) -> str:
-    return f"mask {_kind(tensor)}"
 
 
 def _detail_lines(details: tuple[str, ...], width: float) -> list[str]:

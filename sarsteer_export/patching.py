@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, TypeAlias
 from calibration.combine import CombineRule, combine_plans
 from calibration.errors import InputError
 from calibration.plan import SteeringPlan
-from graph_passes.named_sites import check_sites
-from graph_passes.onnx_file import read_graph
+from graph_passes.named_sites import check_flat, check_sites
+from graph_passes.onnx_file import external_files, read_graph
 from graph_passes.patch import PatchResult, patch_model
+from graph_passes.scopes import Scope
 from graph_passes.selection import SteeringInputs
 from graph_passes.sites_file import read_sites
 from graph_passes.unpatch import is_steered, unpatch_model
@@ -70,7 +71,7 @@ def patch(
     graph = read_graph(source)
     chosen = load_plans(plan, settings.combine)
     check_output_name(graph, source, target)
-    check_outside_bundle(target)
+    _refuse_to_replace_given(graph, source, target, [*_paths(plan), *_paths(settings.sites)])
     if settings.replace and is_steered(graph):
         graph = unpatch_model(graph)
     stream = None if settings.sites is None else read_checked_sites(graph, settings.sites)
@@ -94,6 +95,22 @@ def unpatch(steered: str | Path, output: str | Path, *, overwrite: bool = False)
     return original
 
 
+def _paths(given: GivenPlan | Sequence[GivenPlan] | None) -> list[Path]:
+    """What is given as a path."""
+    every = [given] if given is None or isinstance(given, (str, Path, SteeringPlan)) else given
+    return [Path(one) for one in every if isinstance(one, (str, Path))]
+
+
+def _refuse_to_replace_given(graph: ModelProto, source: Path, target: Path, given: Sequence[Path]) -> None:
+    """Raise `InputError` when the output, or data copied beside it, would replace a plan or a sites file."""
+    written = [target]
+    if target.resolve().parent != source.resolve().parent:
+        written += [target.parent / file.location for file in external_files(graph)]
+    for path in given:
+        if path.resolve() in {file.resolve() for file in written}:
+            raise InputError(f"{path}: is read, and would be written over; name another output")
+
+
 def load_plans(plans: GivenPlan | Sequence[GivenPlan], rule: CombineRule) -> SteeringPlan:
     """One plan of one or several, each loaded where it is a path."""
     given = [plans] if isinstance(plans, (str, Path, SteeringPlan)) else plans
@@ -102,10 +119,14 @@ def load_plans(plans: GivenPlan | Sequence[GivenPlan], rule: CombineRule) -> Ste
 
 
 def read_checked_sites(graph: ModelProto, path: str | Path) -> ResidualStream:
-    """The stream of a sites file. Raises `InputError` when the file is wrong or `graph` has no such sites."""
+    """The stream of a sites file.
+
+    Raises `InputError` when the file is wrong or `graph` has no such sites, `UnsupportedError` for a merged decoder.
+    """
+    check_flat(graph)
     stream = read_sites(path)
     try:
-        check_sites(graph, stream)
+        check_sites(Scope().view(graph), stream)
     except InputError as error:
         raise InputError(f"sites file {path}: {error}") from None
     return stream

@@ -95,12 +95,11 @@ def command(
       sarsteer-export patch onnx/decoder.onnx --plan plan.safetensors -o onnx/steered.onnx --strength-input batch
     """
     from sarsteer_export.explanation import edits_text, explain_edits, explanation_text
-    from sarsteer_export.patching import load_plans, patch
+    from sarsteer_export.patching import patch
 
     settings = patch_settings(**given)
-    plan = load_plans(plans, settings.combine)
-    result = patch(decoder, plan, output, settings, overwrite=overwrite, progress=Progress())
-    edits = explain_edits(result, plan)
+    result = patch(decoder, plans, output, settings, overwrite=overwrite, progress=Progress())
+    edits = explain_edits(result)
     lines = [explanation_text(edits) if explain else edits_text(edits)]
     summary = f"{len(edits)} edits, {len(result.stream.blocks)} blocks -> {output}"
     emit({"output": str(output), "edits": edits}, "\n".join([*lines, summary]), as_json=as_json)

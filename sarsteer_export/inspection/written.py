@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from calibration.errors import InputError, SiteNotFoundError, UnsupportedError
 from calibration.plan import Site
 from graph_passes.block_structure import block_sums, final_norm
-from graph_passes.named_sites import sites_skeleton
+from graph_passes.named_sites import check_flat, sites_skeleton
 from graph_passes.onnx_file import read_graph
-from graph_passes.residual_stream import find_residual_stream
+from graph_passes.residual_stream import find_residual_stream, find_residual_streams
+from graph_passes.scopes import Scope
 from graph_passes.sites_file import sites_content, write_sites
 from graph_passes.stream_table import stream_table
 from sarsteer_export.block_picture import BlockView, draw_block
@@ -25,13 +26,17 @@ if TYPE_CHECKING:
 
 
 def with_sites_file(found: Inspection, decoder: Path, output: Path, *, overwrite: bool) -> Inspection:
-    """Write the sites of an ONNX decoder, or a skeleton with candidates where they are not found, and say so."""
+    """Write the sites of an ONNX decoder, or a skeleton with candidates where they are not found, and say so.
+
+    Raises `UnsupportedError` for a merged decoder, whose bodies one file of sites cannot describe.
+    """
     model = _graph(decoder)
+    check_flat(model)
     content: dict[str, Any]
     try:
         content, said = sites_content(find_residual_stream(model)), "complete"
     except (SiteNotFoundError, UnsupportedError) as error:
-        content = sites_skeleton(model, str(error))
+        content = sites_skeleton(Scope().view(model), str(error))
         said = f"to be completed by hand from {len(content['candidates'])} candidates"
     with staged_file(output, overwrite=overwrite) as staged:
         write_sites(content, staged)
@@ -45,7 +50,8 @@ def with_picture(
 ) -> Inspection:
     """Draw a block of an ONNX decoder: block `layer`, or the first that is steered, or block 0.
 
-    Raises `SiteNotFoundError` when the residual stream is not found, `InputError` when there is no such block.
+    Of a merged decoder the first body is drawn; the others hold the same blocks, and the same edits. Raises
+    `SiteNotFoundError` when the residual stream is not found, `InputError` when there is no such block.
     """
     view = block_view(_graph(decoder), decoder.name, layer)
     picture = draw_block(view)
@@ -57,7 +63,8 @@ def with_picture(
 
 def block_view(model: ModelProto, name: str, layer: int | None) -> BlockView:
     """What there is to draw of a block of the graph called `name`."""
-    stream = find_residual_stream(model)
+    scope, stream = next(iter(find_residual_streams(model).items()))
+    model = scope.view(model)
     table = stream_table(model, stream)
     blocks = len(stream.blocks)
     if layer is None:
@@ -67,7 +74,7 @@ def block_view(model: ModelProto, name: str, layer: int | None) -> BlockView:
     rows = {(row.layer, row.site): row for row in table.rows}
     last = layer == blocks - 1
     return BlockView(
-        name=name,
+        name=f"{name}, {scope}" if str(scope) else name,
         layer=layer,
         blocks=blocks,
         hidden_size=stream.hidden_size,

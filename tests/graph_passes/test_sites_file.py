@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from calibration.errors import InputError, SiteNotFoundError
+from calibration.errors import InputError, SiteNotFoundError, UnsupportedError
 from calibration.plan import Positions, Site
 from graph_passes.named_sites import check_sites, sites_skeleton
 from graph_passes.patch import patch_model
@@ -18,8 +18,9 @@ from graph_passes.residual_stream import ResidualStream, find_residual_stream
 from graph_passes.sites_file import read_sites, sites_content, write_sites
 from tests import tiny_lalm
 from tests.conftest import one_edit, plan_of
-from tests.decoders import TinyDecoder, Variant, hand_decoder
+from tests.decoders import HAND_LAYERS, HAND_WIDTH, TinyDecoder, Variant, hand_decoder
 from tests.disguised import disguise_residual_adds
+from tests.merged import merge_with_itself
 
 MISSING = object()
 
@@ -43,6 +44,19 @@ def test_the_sites_of_a_steered_graph_are_those_of_the_unsteered_one(exported_de
     steered = patch_model(exported_decoder.proto, plan_of(edit)).model
     unsteered = find_residual_stream(exported_decoder.proto)
     assert sites_content(find_residual_stream(steered)) == sites_content(unsteered)
+
+
+def test_a_given_stream_is_that_of_one_graph(tmp_path: Path) -> None:
+    _, model = hand_decoder(Variant(), tmp_path / "model.onnx")
+    stream, merged = find_residual_stream(model), merge_with_itself(model)
+    edit = one_edit("add", Site.BLOCK_INPUT, Positions.LAST, width=HAND_WIDTH, layers=HAND_LAYERS, layer=1)
+    plan = plan_of(edit, width=HAND_WIDTH, layers=HAND_LAYERS)
+    assert len(patch_model(merged, plan).edits) == 2  # one in each body, when none is given
+    with pytest.raises(
+        UnsupportedError, match=r"merged decoder of 2 bodies .*then_branch.* leave out --sites"
+    ):
+        patch_model(merged, plan, stream=stream)
+    assert len(patch_model(model, plan, stream=stream).edits) == 1
 
 
 @pytest.fixture(scope="module")

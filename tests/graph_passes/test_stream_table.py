@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.plan import Positions, Site
+from calibration.plan import Positions, Site, SteeringPlan
+from graph_passes.forms import Form
 from graph_passes.patch import patch_model
 from graph_passes.residual_stream import Block, ResidualStream, find_residual_stream
-from graph_passes.stream_table import SiteRow, StreamTable, stream_table
+from graph_passes.selection import PromptFrom, SteeringInputs, StrengthInput
+from graph_passes.stream_table import SiteRow, StreamTable, makers, shared_tensors, stream_table
 from tests import tiny_lalm
 from tests.conftest import one_edit, plan_of, random_vector
-from tests.decoders import TinyDecoder
+from tests.decoders import HAND_LAYERS, HAND_WIDTH, TinyDecoder, Variant, hand_decoder
+from tests.foreign.cases import FOREIGN
 
 WIDTH, LAYERS = tiny_lalm.WIDTH, tiny_lalm.LAYERS
 
@@ -101,7 +105,9 @@ def test_what_an_edit_is_made_of(exported_decoder: TinyDecoder) -> None:
     assert constants["basis"].shape == (WIDTH, 4)
     assert constants["basis"].norm == pytest.approx(2.0, rel=1e-6)  # four orthonormal columns in float32
     assert found.nodes[0].reads_stream
-    assert [name for node in found.nodes for name in node.shared] == ["sarsteer.last.mask"]
+    shared = [name for node in found.nodes for name in node.shared]
+    assert shared == ["sarsteer.last.row", "sarsteer.last.mask"]  # one position is gathered, and edited
+    assert found.nodes[0].op == "GatherND"
     for before, node in zip(found.nodes, found.nodes[1:], strict=False):
         assert before.name in node.own
 
@@ -128,6 +134,95 @@ def test_an_edit_that_is_a_constant_of_the_decoders_own_node_is_found() -> None:
     assert not found.inserted
     assert [(node.op, node.name) for node in found.nodes] == [("Add", "biased")]
     assert row(stream_table(model, stream), 0, Site.BLOCK_INPUT).edits == ()
+
+
+KINDS = [
+    Positions.parse(text)
+    for text in ("last", "all", "prompt", "generated", "first:2", "range:1:3", "range:2:")
+]
+
+
+@pytest.fixture(scope="module")
+def hand(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
+    """A small decoder whose projections have biases. Tests leave it as they find it."""
+    return hand_decoder(Variant(), tmp_path_factory.mktemp("hand") / "model.onnx")[1]
+
+
+@pytest.mark.parametrize("strength", [None, *StrengthInput])
+@pytest.mark.parametrize("op", ["add", "project"])
+@pytest.mark.parametrize("positions", KINDS, ids=lambda positions: positions.value)
+def test_every_kind_of_positions_and_of_strength_is_read_back(
+    hand: onnx.ModelProto, op: str, positions: Positions, strength: StrengthInput | None
+) -> None:
+    edit = one_edit(op, Site.BLOCK_INPUT, positions, width=HAND_WIDTH, layers=HAND_LAYERS, layer=1)
+    other = one_edit("add", Site.BLOCK_INPUT, Positions.LAST, width=HAND_WIDTH, layers=HAND_LAYERS, layer=1)
+    patched = patch_model(
+        hand,
+        SteeringPlan(HAND_WIDTH, HAND_LAYERS, (edit, other)),
+        inputs=SteeringInputs(prompt_from=PromptFrom.INPUT, strength=strength),
+    )
+    table = table_of(patched.model)
+    found, last = row(table, 1, Site.BLOCK_INPUT).edits
+    assert (found.op, found.positions, found.inserted) == (op, positions.value, True)
+    assert (last.op, last.positions) == ("add", "last")
+    assert tuple(node.name for node in found.nodes) == patched.edits[0].nodes
+    for before, node in zip(found.nodes, found.nodes[1:], strict=False):
+        assert before.name in node.own
+
+    fed = {
+        name: {source for node in makers(table.shared, name) for source in node.inputs}
+        for name in shared_tensors([found])
+    }
+    expected = set() if positions == Positions.ALL else {"attention_mask"}
+    expected |= {"steering_prompt_lengths"} if positions.needs_prompt_length else set()
+    expected |= {"steering_strength"} if strength else set()
+    assert set().union(*fed.values()) - {"inputs_embeds"} == expected
+    gathers = op == "project" and positions == Positions.LAST
+    assert ("sarsteer.last.row" in fed) == gathers == any(node.op == "GatherND" for node in found.nodes)
+    listed = {node.name for node in table.shared}
+    assert all(node.name in listed for name in fed for node in makers(table.shared, name))
+
+
+def test_an_edit_in_the_bias_of_a_projection_is_found_by_its_site(hand: onnx.ModelProto) -> None:
+    edits = [
+        one_edit("add", site, Positions.ALL, width=HAND_WIDTH, layers=HAND_LAYERS, layer=layer)
+        for layer, site in ((1, Site.BLOCK_INPUT), (1, Site.BLOCK_OUTPUT))
+    ]
+    patched = patch_model(hand, SteeringPlan(HAND_WIDTH, HAND_LAYERS, edits))
+    assert [edit.form for edit in patched.edits] == [Form.PROJECTION_BIAS] * 2
+    table = table_of(patched.model)
+    assert [(row.layer, row.site) for row in table.rows if row.edits] == [
+        (1, "block_input"),
+        (1, "block_output"),
+    ]
+    for layer, asked, made in zip((0, 1), edits, patched.edits, strict=True):
+        (found,) = row(table, 1, asked.site).edits
+        assert (found.op, found.positions, found.inserted) == ("add", "all", False)
+        assert [(node.op, node.name) for node in found.nodes] == [
+            ("Add", made.nodes[0]),
+            ("Add", f"/blocks.{layer}/down/Add"),
+        ]
+        (vector,) = found.constants
+        assert vector.norm == pytest.approx(asked.strength * float(np.linalg.norm(asked.vector)), rel=1e-6)
+    for node in patched.model.graph.node:  # an edit whose bias nothing reads any more acts nowhere
+        if node.name == "/blocks.1/down/Add":
+            node.input[:] = [
+                "blocks.1.down.bias" if name.startswith("sarsteer.") else name for name in node.input
+            ]
+    assert row(table_of(patched.model), 1, Site.BLOCK_OUTPUT).edits == ()
+
+
+def test_an_edit_in_the_bias_of_a_fused_norm_is_found_by_its_site() -> None:
+    model = onnx.load(FOREIGN / "genai_fp32" / "model.onnx")
+    stream = find_residual_stream(model)
+    edit = one_edit("add", Site.BLOCK_OUTPUT, Positions.ALL, width=stream.hidden_size, layers=3, layer=1)
+    patched = patch_model(model, SteeringPlan(stream.hidden_size, 3, [edit]))
+    assert patched.edits[0].form is Form.NORM_BIAS
+    (found,) = row(table_of(patched.model), 1, Site.BLOCK_OUTPUT).edits
+    (node,) = found.nodes
+    assert (found.inserted, node.op) == (False, "SkipSimplifiedLayerNormalization")
+    assert node.name in {node.name for node in model.graph.node}
+    assert [constant.name for constant in found.constants] == list(patched.edits[0].constants)
 
 
 def test_a_steered_file_reads_the_same_after_a_round_trip(

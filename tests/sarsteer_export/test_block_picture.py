@@ -13,6 +13,7 @@ import torch
 from calibration.errors import InputError
 from calibration.plan import Positions, Site, SteeringPlan
 from graph_passes.patch import patch_model
+from graph_passes.selection import PromptFrom, SteeringInputs, StrengthInput
 from sarsteer_export.block_picture import BlockView, draw_block
 from sarsteer_export.inspection.written import block_view
 from sarsteer_export.picture_colours import DARK, LIGHT
@@ -20,7 +21,10 @@ from sarsteer_export.svg import text_width
 from tests import tiny_lalm
 from tests.conftest import SITES, one_edit
 from tests.decoders import HAND_LAYERS, HAND_WIDTH, TinyDecoder, Variant, hand_decoder
+from tests.foreign.cases import FOREIGN
+from tests.merged import merge_with_itself
 
+PLACES = {"last": "last positions", "all": "all positions"}
 SVG = "{http://www.w3.org/2000/svg}"
 VARIANTS = {
     "sequential": Variant(norm="layer"),
@@ -88,7 +92,71 @@ def test_all_that_acts_is_drawn_and_nothing_overlaps(name: str, layer: int, tmp_
     assert shown.count("attention") == shown.count("MLP") == 2
     for site in ("block_input", "block_output", *(["final_norm_output"] if layer else [])):
         assert (shown.count(site), shown.count(f"{site} · steered")) == (1, 1)
-    assert any(text.startswith("mask last: bool [B, S, 1], made once from attention_mask") for text in shown)
+    assert "mask last: bool [B, S, 1]" in shown
+    assert "row last: int64 [B, 1, 1]" in shown
+    assert "made once from attention_mask" in shown
+
+
+@pytest.mark.parametrize("strength", [None, *StrengthInput])
+@pytest.mark.parametrize("text", ["last", "all", "prompt", "generated", "first:20", "range:100:20000"])
+def test_every_kind_of_positions_and_of_strength_is_drawn(
+    text: str, strength: StrengthInput | None, tmp_path: Path
+) -> None:
+    _, model = hand_decoder(Variant(), tmp_path / "model.onnx")
+    edits = [
+        one_edit(op, Site.BLOCK_OUTPUT, Positions.parse(text), width=HAND_WIDTH, layers=HAND_LAYERS, layer=1)
+        for op in ("add", "project")
+    ]
+    plan = SteeringPlan(HAND_WIDTH, HAND_LAYERS, edits)
+    inputs = SteeringInputs(prompt_from=PromptFrom.INPUT, strength=strength)
+    picture = draw_block(block_view(patch_model(model, plan, inputs=inputs).model, "model.onnx", None))
+    check_layout(picture)
+    shown = [text for text, _ in texts(picture)]
+    place = PLACES.get(text, text)
+    assert {f"add · {place}", f"project · {place}"} <= set(shown)
+    mask = f"mask {text}, strength ≠ 0" if strength else f"mask {text}"
+    assert shown.count(mask) == (0 if mask == "mask all" else 2)  # once in each edit
+    numbers = {
+        None: [],
+        StrengthInput.BATCH: ["strength"],
+        StrengthInput.EDITS: [f"strength of edit {n}" for n in (0, 1)],
+    }
+    for name in numbers[strength]:
+        assert f"{name}: float32 [B, 1, 1]" in shown
+    sources = [text for text in shown if text.startswith("made once from ")]
+    assert any("steering_strength" in text for text in sources) == bool(strength)
+    assert (
+        any("steering_prompt_lengths" in source for source in sources)
+        == edits[0].positions.needs_prompt_length
+    )
+    assert ("GatherND" in shown) == (text == "last")
+
+
+def test_edits_in_biases_are_drawn_with_the_node_that_adds_them(tmp_path: Path) -> None:
+    _, hand = hand_decoder(Variant(), tmp_path / "model.onnx")
+    fused = onnx.load(FOREIGN / "genai_fp32" / "model.onnx")
+    cases = [
+        (hand, HAND_WIDTH, "/blocks.1/down/Add", ["Add", "bias"]),
+        (fused, 32, "/model/layers.2/input_layernorm/SkipLayerNorm", ["bias"]),
+    ]
+    for model, width, adds, boxes in cases:
+        edit = one_edit("add", Site.BLOCK_OUTPUT, Positions.ALL, width=width, layers=3, layer=1)
+        steered = patch_model(model, SteeringPlan(width, 3, [edit])).model
+        picture = draw_block(block_view(steered, "model.onnx", None))
+        check_layout(picture)
+        shown = [text for text, _ in texts(picture)]
+        assert shown.count(f"in the bias of {adds}") == 1
+        assert [text for text in shown if text in ("Add", "bias", "Where")] == boxes
+        assert any(text.startswith(f"vector {width} norm ") for text in shown)
+
+
+def test_of_a_merged_decoder_one_body_is_drawn(tmp_path: Path) -> None:
+    _, model = hand_decoder(Variant(), tmp_path / "model.onnx")
+    steered = steer_everywhere(merge_with_itself(model), width=HAND_WIDTH, layers=HAND_LAYERS)
+    view = block_view(steered, "merged.onnx", 0)
+    assert view.name in {"merged.onnx, then_branch", "merged.onnx, else_branch"}
+    flat = steer_everywhere(model, width=HAND_WIDTH, layers=HAND_LAYERS)
+    assert draw_block(dataclasses.replace(view, name="x")) == draw_block(block_view(flat, "x", 0))
 
 
 def test_each_exporters_graph_is_drawn(any_decoder: TinyDecoder) -> None:

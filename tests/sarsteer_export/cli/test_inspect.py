@@ -11,15 +11,17 @@ import onnx
 import pytest
 import torch
 
-from calibration.plan import SteeringPlan
+from calibration.plan import Positions, Site, SteeringPlan
 from graph_passes.onnx_file import read_graph
 from graph_passes.residual_stream import find_residual_stream
 from graph_passes.stream_table import NodeName, SiteRow, StreamTable
 from sarsteer_export.bundle.manifest import PLAN, STEERED_DECODER
 from sarsteer_export.inspection.stream_text import table_lines
 from tests import tiny_lalm
-from tests.decoders import no_past, run_graph, session
+from tests.conftest import one_edit
+from tests.decoders import HAND_LAYERS, HAND_WIDTH, Variant, hand_decoder, no_past, run_graph, session
 from tests.disguised import disguise_residual_adds
+from tests.merged import merge_with_itself
 from tests.sarsteer_export.command_line import answered, answered_json, listing, refused, sarsteer
 from tests.sarsteer_export.test_block_picture import parsed
 
@@ -194,6 +196,77 @@ def test_what_is_read_is_never_written_over(decoder_copy: Path, tmp_path: Path) 
     both = ("--svg", tmp_path / "one", "--sites", tmp_path / "one")
     refused(sarsteer("inspect", decoder_copy, *both), "written twice")
     assert listing(tmp_path) == before
+
+
+def test_patch_never_writes_over_what_it_is_given(
+    decoder_copy: Path, bundle_path: Path, tmp_path: Path
+) -> None:
+    sites, plan = tmp_path / "sites.json", tmp_path / "plan.safetensors"
+    plan.write_bytes((bundle_path / PLAN).read_bytes())
+    answered(sarsteer("inspect", decoder_copy, "--sites", sites))
+    data = next(file for file in decoder_copy.parent.iterdir() if file != decoder_copy)
+    named_as_data = tmp_path / data.name  # where data is copied to when the output goes to another folder
+    named_as_data.write_bytes(plan.read_bytes())
+    before = listing(tmp_path)
+    given = ("patch", decoder_copy, "--sites", sites, "--overwrite", "-o")
+    for output, steering, words in (
+        (sites, plan, sites),
+        (plan, plan, plan),
+        (tmp_path / "sub" / ".." / "plan.safetensors", plan, plan),
+        (tmp_path / "steered.onnx", named_as_data, named_as_data),
+    ):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        refused(
+            sarsteer(*given, output, "--plan", steering), str(words), "is read, and would be written over"
+        )
+    assert listing(tmp_path) == before
+    answered(sarsteer(*given, decoder_copy.with_name("steered.onnx"), "--plan", plan))
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    """A merged decoder of two bodies, its weights in the file."""
+    _, model = hand_decoder(Variant(), tmp_path / "model.onnx")
+    onnx.save(merge_with_itself(model), tmp_path / "merged.onnx")
+    return tmp_path / "merged.onnx"
+
+
+def test_both_bodies_of_a_merged_decoder_are_shown(merged: Path, tmp_path: Path) -> None:
+    steered, plan = merged.with_name("steered.onnx"), tmp_path / "plan.safetensors"
+    kinds = ((Site.BLOCK_OUTPUT, Positions.ALL, 0), (Site.BLOCK_OUTPUT, Positions.LAST, 1))
+    edits = [
+        one_edit("add", site, positions, width=HAND_WIDTH, layers=HAND_LAYERS, layer=layer)
+        for site, positions, layer in kinds
+    ]
+    SteeringPlan(HAND_WIDTH, HAND_LAYERS, edits).save(plan)
+    answered(sarsteer("patch", merged, "--plan", plan, "-o", steered))
+    text = answered(sarsteer("inspect", steered))
+    for body in ("then_branch", "else_branch"):
+        assert text.count(f"residual stream of {body}: {HAND_LAYERS} blocks of width {HAND_WIDTH}") == 1
+    assert text.count("in the bias of Add /blocks.0/down/Add") == 2
+    assert text.count("steered: add last") == 2
+    found = answered_json(sarsteer("inspect", steered, "--json", "--svg", tmp_path / "block.svg"))
+    assert set(found["bodies"]) == {"then_branch", "else_branch"}
+    for body in found["bodies"].values():
+        assert [(row["layer"], row["site"]) for row in body["sites"] if row["edits"]] == [
+            (layer, site.value) for site, _, layer in kinds
+        ]
+    assert found["sites"] == next(iter(found["bodies"].values()))["sites"]
+    assert "sarsteer.0.block_output.add.0" in (tmp_path / "block.svg").read_text(encoding="utf-8")
+
+
+def test_sites_of_a_merged_decoder_are_not_said_by_hand(
+    merged: Path, bundle_path: Path, tmp_path: Path
+) -> None:
+    sites = tmp_path / "sites.json"
+    words = ("merged decoder of 2 bodies", "then_branch", "export the decoder unmerged")
+    refused(sarsteer("inspect", merged, "--sites", sites), *words, code=3)
+    assert not sites.exists()
+    answered(sarsteer("inspect", merged.with_name("model.onnx"), "--sites", sites))
+    output = tmp_path / "steered.onnx"
+    given = ("patch", merged, "--plan", bundle_path / PLAN, "--sites", sites, "-o", output)
+    refused(sarsteer(*given), *words, code=3)
+    assert not output.exists()
 
 
 def test_nothing_is_written_when_a_part_cannot_be(disguised: Path, tmp_path: Path) -> None:
