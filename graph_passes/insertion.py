@@ -40,7 +40,7 @@ from graph_passes.selection import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 MINIMUM_OPSET = 13
 """Squeeze and Unsqueeze take their axes as inputs from this opset on."""
@@ -232,14 +232,23 @@ def steering_inputs_of(model: ModelProto) -> SteeringInputs:
 
 
 def _refuse_steered(model: ModelProto) -> None:
-    names = [tensor.name for tensor in model.graph.initializer]
-    names += [name for node in model.graph.node for name in (node.name, *node.output)]
+    """Raise `InputError` for a graph that holds any name of ours: taking the steering out would take that along."""
+    graphs = {str(scope): scope.graph(model) for scope in (Scope(), *decoder_scopes(model))}
+    names = [name for graph in graphs.values() for name in _names_in(graph)]
     taken = [name for name in names if name.startswith(STEERING_PREFIX)]
     if taken:
         raise InputError(
             f"the graph is steered already: it holds {sorted(taken)[0]!r}; patch the unsteered graph instead, or "
             "use --replace"
         )
+
+
+def _names_in(graph: GraphProto) -> Iterator[str]:
+    for entries in (graph.initializer, graph.input, graph.output, graph.value_info):
+        yield from (entry.name for entry in entries)
+    for node in graph.node:
+        yield from (node.name, *node.output)
+        yield from (entry.key for entry in node.metadata_props)
 
 
 class _Insertion:

@@ -25,6 +25,7 @@ from graph_passes.residual_stream import find_residual_streams
 from graph_passes.scopes import decoder_scopes
 from graph_passes.selection import Selection
 from graph_passes.steering_in import edit_initializers
+from graph_passes.tensor_sizes import type_name
 from graph_passes.unpatch import unpatch_model
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _check_constants(wanted: Mapping[str, NDArray[Any]], present: Mapping[str, T
             )
         if helper.np_dtype_to_tensor_dtype(values.dtype) != tensor.data_type:
             raise InputError(
-                f"the constant {name!r} is {TensorProto.DataType.Name(tensor.data_type)} in the graph; expected "
+                f"the constant {name!r} is {type_name(tensor.data_type)} in the graph; expected "
                 f"{values.dtype}; {INSTEAD}"
             )
 

@@ -79,8 +79,9 @@ def inlined(model: ModelProto) -> ModelProto:
     """A copy of `model` whose calls of its own functions are replaced by what they compute; outer names stay."""
     try:
         return onnx.inliner.inline_local_functions(model)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"the graph's functions cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever is thrown in C++, as for functions that call themselves
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise InputError(f"the graph's functions cannot be read: {reason}") from error
 
 
 def _computes(node: NodeProto) -> bool:

@@ -146,8 +146,16 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _fail(context: click.Context, message: str, exit_code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {_on_one_line(message)}", err=True)
     context.exit(exit_code)
+
+
+def _on_one_line(message: str) -> str:
+    """A message without what would end its line or move the cursor: it may quote a file from anywhere."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in message
+    )
 
 
 def _unexpected(error: Exception) -> tuple[str, int]:

@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 
 import onnx
 from click.testing import Result
-from google.protobuf.message import DecodeError, EncodeError
 from hypothesis import strategies as st
 from onnx import ModelProto
 
@@ -169,7 +168,16 @@ def check(case: Case) -> None:
         patching = ["patch", decoder, "--plan", work / "plan.safetensors", "-o", output]
         steered = _run(work, *patching, *_placed(work, case.patching), made=_written(decoder, case.output))
         _run(work, "unpatch", decoder, "-o", work / "out.onnx", made=("out.onnx",))
-        _run(work, "refit", decoder, "--plan", work / "plan.safetensors", "-o", work / "out.onnx", made=("out.onnx",))
+        _run(
+            work,
+            "refit",
+            decoder,
+            "--plan",
+            work / "plan.safetensors",
+            "-o",
+            work / "out.onnx",
+            made=("out.onnx",),
+        )
         if "audit" in COMMANDS:
             _run(work, "audit", decoder, "--plan", work / "plan.safetensors")
         if steered:
@@ -187,13 +195,17 @@ def _lay_out(case: Case, work: Path) -> None:
     (work / graphs.DATA).write_bytes(base.data or bytes(64))
     (work / "decoder.onnx").write_bytes(damaged_graph(case))
     (work / "plan.safetensors").write_bytes(damaged_plan(case))
-    (work / "second.safetensors").write_bytes(plans.plan_file(*plans.whole_plan(base.width, base.layers, 5, 1)))
+    (work / "second.safetensors").write_bytes(
+        plans.plan_file(*plans.whole_plan(base.width, base.layers, 5, 1))
+    )
     (work / "given.json").write_text('{"blocks": [{"input": "x", "output": []}]}', encoding="utf-8")
 
 
 def _placed(work: Path, options: tuple[str, ...]) -> list[str]:
     """Options with the files they name in `work`."""
-    return [str(work / word) if word.endswith((".json", ".svg", ".safetensors")) else word for word in options]
+    return [
+        str(work / word) if word.endswith((".json", ".svg", ".safetensors")) else word for word in options
+    ]
 
 
 def _written(decoder: Path, output: str) -> tuple[str, ...]:

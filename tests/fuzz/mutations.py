@@ -37,8 +37,26 @@ NAMES = (
     "n" * 5000,
     "\u2028",
 )
-OPS = ("", "Add", "MatMul", "Cast", "Identity", "If", "Loop", "Constant", "Softmax", "DequantizeLinear", "NoSuchOp")
-OPS += ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization", "LayerNormalization", "Shape", "Two\nLines")
+OPS = (
+    "",
+    "Add",
+    "MatMul",
+    "Cast",
+    "Identity",
+    "If",
+    "Loop",
+    "Constant",
+    "Softmax",
+    "DequantizeLinear",
+    "NoSuchOp",
+)
+OPS += (
+    "SkipSimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+    "LayerNormalization",
+    "Shape",
+    "Two\nLines",
+)
 NUMBERS = (0, 1, -1, 2, 3, 17, 2**31 - 1, 2**31, -(2**31), 2**62, 2**63 - 1, -(2**63))
 DIMS: tuple[tuple[int, ...], ...] = (
     (),
@@ -309,7 +327,9 @@ def reshape_initializer(model: ModelProto, pick: int, other: int) -> None:
         size = 1
         for dim in tensor.dims:
             size *= dim
-        tensor.dims[:] = picked(((size,), (1, size), (size, 1), (1, 1, size), (*tensor.dims[::-1],)), other // 2)
+        tensor.dims[:] = picked(
+            ((size,), (1, size), (size, 1), (1, 1, size), (*tensor.dims[::-1],)), other // 2
+        )
 
 
 def damage_values(model: ModelProto, pick: int, other: int) -> None:
@@ -501,7 +521,9 @@ def add_function(model: ModelProto, pick: int, other: int) -> None:
     function = model.functions.add(name=node.op_type, domain=node.domain)
     function.input.extend(["x", "y"])
     function.output.append("z")
-    function.node.add(op_type=picked((node.op_type, "Add"), other), domain=node.domain, input=["x"], output=["z"])
+    function.node.add(
+        op_type=picked((node.op_type, "Add"), other), domain=node.domain, input=["x"], output=["z"]
+    )
     if other % 3:
         function.opset_import.add(domain="", version=picked((17, 1, 99), other))
 

@@ -22,8 +22,30 @@ POSITIONS = ("last", "all", "prompt", "generated", "first:2", "range:1:3", "rang
 SITES = ("block_output", "block_input", "final_norm_output")
 LAYERS: tuple[Any, ...] = (-1, 3, 99, 10**9, 2**63, 10**400, 1.5, "1", None, True, [])
 WORDS: tuple[Any, ...] = ("", "scale", "Add", "ADD", "last\n", None, 5, [], {}, "²", "a" * 5000)
-SPANS = ("first:0", "first:999999999", "first:²", "range:5:2", "range::", "range:0:999999999", "range:-1:2", "middle")
-STRENGTHS: tuple[Any, ...] = (0, -0.0, 1e30, -1e30, 1e31, 1e-45, 10**400, float("nan"), float("inf"), None, "1", True)
+SPANS = (
+    "first:0",
+    "first:999999999",
+    "first:²",
+    "range:5:2",
+    "range::",
+    "range:0:999999999",
+    "range:-1:2",
+    "middle",
+)
+STRENGTHS: tuple[Any, ...] = (
+    0,
+    -0.0,
+    1e30,
+    -1e30,
+    1e31,
+    1e-45,
+    10**400,
+    float("nan"),
+    float("inf"),
+    None,
+    "1",
+    True,
+)
 COUNTS: tuple[Any, ...] = (0, -1, 1, 7, 15, 2**40, 2**63, 10**400, 1.0, "16", None, True, [])
 
 
@@ -42,7 +64,13 @@ def whole_plan(width: int, layers: int, number: int, count: int) -> tuple[Header
         else:
             tensors[f"edits.{index}.basis"] = random_basis(width, 2, seed=index)
             tensors[f"edits.{index}.mean"] = random_vector(width, seed=index)
-    header = {"format": FORMAT, "version": VERSION, "hidden_size": width, "num_layers": layers, "edits": edits}
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "hidden_size": width,
+        "num_layers": layers,
+        "edits": edits,
+    }
     return header | {"provenance": {}}, tensors
 
 
@@ -53,7 +81,9 @@ def plan_file(header: Header, tensors: Tensors) -> bytes:
 
 def tensor_type(header: Header, tensors: Tensors, pick: int, other: int) -> None:
     name = picked(sorted(tensors), pick)
-    tensors[name] = tensors[name].astype(picked(("float16", "float64", "int8", "bool", "uint64", ">f4"), other))
+    tensors[name] = tensors[name].astype(
+        picked(("float16", "float64", "int8", "bool", "uint64", ">f4"), other)
+    )
 
 
 def tensor_shape(header: Header, tensors: Tensors, pick: int, other: int) -> None:
@@ -122,7 +152,10 @@ def header_field(header: Header, tensors: Tensors, pick: int, other: int) -> Non
         ("version", (0, 2, "1", None, True, 1.0)),
         ("format", WORDS),
         ("edits", ([], {}, None, [1], [[]], "edits")),
-        ("provenance", (None, [], {"model_fingerprint": "f" * 64}, {"model_fingerprint": 5}, {PROVENANCE_KEY: [1]})),
+        (
+            "provenance",
+            (None, [], {"model_fingerprint": "f" * 64}, {"model_fingerprint": 5}, {PROVENANCE_KEY: [1]}),
+        ),
         ("unknown", WORDS),
     )
     name, values = picked(fields, pick)

@@ -10,14 +10,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import HealthCheck, given, note, settings
 
 from tests.fuzz.cases import CASES, SEEDS, Case, check
 
 KEPT = sorted(SEEDS.glob("*.json"))
 HEALTH = (HealthCheck.too_slow, HealthCheck.data_too_large)
-SHORT = settings(max_examples=200, derandomize=True, database=None, deadline=None, suppress_health_check=HEALTH)
-LONG = settings(max_examples=2000, database=None, deadline=None, suppress_health_check=HEALTH, print_blob=True)
+SHORT = settings(
+    max_examples=200, derandomize=True, database=None, deadline=None, suppress_health_check=HEALTH
+)
+LONG = settings(
+    max_examples=2000, database=None, deadline=None, suppress_health_check=HEALTH, print_blob=True
+)
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
