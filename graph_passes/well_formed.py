@@ -43,7 +43,8 @@ def check_well_formed(model: ModelProto) -> None:
     _check_texts(
         "its metadata", (text for entry in model.metadata_props for text in (entry.key, entry.value))
     )
-    for part in (model.graph, *model.functions):
+    parts: list[GraphProto | FunctionProto] = [model.graph, *model.functions]
+    for part in parts:
         _check_part(part, versions.get("ai.onnx", 0), own)
 
 

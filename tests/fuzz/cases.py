@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,7 +271,7 @@ def state(root: Path) -> State:
     for path in sorted(root.rglob("*")):
         status = path.lstat()
         if path.is_symlink():
-            content = os.readlink(path)
+            content = str(path.readlink())
         elif path.is_dir():
             content = "folder"
         else:

@@ -1,4 +1,4 @@
-"""Structure-aware damage to a graph. Each mutation takes two numbers that pick what it does, so that a case can be kept.
+"""Structure-aware damage to a graph. A mutation takes two numbers that pick what it does, so that a case can be kept.
 
 A mutation changes the graph it is given, and does nothing where it finds nothing to change.
 """

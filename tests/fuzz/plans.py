@@ -96,11 +96,9 @@ def tensor_shape(header: Header, tensors: Tensors, pick: int, other: int) -> Non
 def tensor_values(header: Header, tensors: Tensors, pick: int, other: int) -> None:
     name = picked(sorted(tensors), pick)
     value = picked((np.nan, np.inf, -np.inf, 3e38, 1e20, 0.0, 1e-45), other)
-    if other % 3:
-        tensors[name] = np.full_like(tensors[name], value)
-    else:
-        tensors[name] = tensors[name].copy()
-        tensors[name].flat[:1] = value
+    values = tensors[name].astype(np.float32)
+    values.flat[: None if other % 3 else 1] = value
+    tensors[name] = values
 
 
 def tensor_missing(header: Header, tensors: Tensors, pick: int, other: int) -> None:
