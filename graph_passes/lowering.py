@@ -39,7 +39,7 @@ class StreamType:
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """The stream's dtype in numpy (bfloat16 by ml_dtypes). Raises `UnsupportedError` where that is no float type."""
+        """The stream's dtype in numpy (bfloat16 by ml_dtypes). Raises `UnsupportedError` for integers."""
         if self.elem_type not in STREAM_TYPES:
             raise UnsupportedError(
                 f"the residual stream is of type {type_name(self.elem_type)}; expected one of "

@@ -178,6 +178,11 @@ def _check_nodes(wanted: GraphProto, held: GraphProto) -> None:
         raise InputError(
             f"the graph holds {describe(next(iter(others.values())))}, which no edit has; {INSTEAD}"
         )
+    if len(wanted.node) != len(held.node):
+        raise InputError(
+            f"the graph has {len(held.node)} nodes, and {len(wanted.node)} where the plan is patched in; the graph was "
+            f"altered after patching; {INSTEAD}"
+        )
     for node, other in zip(wanted.node, held.node, strict=True):
         if node != other:
             raise InputError(

@@ -42,7 +42,8 @@ class Mutation:
 class Case:
     """A graph, mutated, and a plan, mutated, given to every verb.
 
-    `steering`: how the graph is steered before the damage. `plan`: two numbers that pick its edits. `raw`, `plan_raw`:
+    `steering`: how the graph is steered before the damage. `plan`: two numbers that pick its edits, or 0 and 0 for the
+    plan that a steered graph is steered by. `raw`, `plan_raw`:
     damage to the bytes. `patching`, `inspecting`: options of these two commands. `output`: where patch writes to.
     """
 
@@ -86,13 +87,13 @@ def _options(*groups: tuple[tuple[str, ...], ...]) -> st.SearchStrategy[tuple[st
 RAW = st.builds(Mutation, st.sampled_from(BYTE_KINDS), st.integers(0, 2**20), PICKS)
 SELDOM = st.one_of(st.none(), st.none(), st.none(), RAW)
 PATCHING = _options(
-    ((), ("--last-from", "sequence"), ("--last-from", "input")),
+    ((), (), ("--last-from", "sequence"), ("--last-from", "input")),
     ((), ("--prompt-from", "input")),
     ((), ("--strength-input", "batch"), ("--strength-input", "edits")),
-    ((), (), ("--replace",)),
+    ((), ("--replace",)),
     ((), ("--force",)),
-    ((), (), ("--combine", "sequence"), ("--plan", "second.safetensors", "--combine", "sequence")),
-    ((), (), ("--copy",), ("--explain",), ("--json",), ("--sites", "given.json")),
+    ((), (), (), ("--combine", "sequence"), ("--plan", "second.safetensors", "--combine", "sequence")),
+    ((), (), (), ("--copy",), ("--explain",), ("--json",), ("--sites", "given.json")),
 )
 INSPECTING = _options(
     ((), ("--json",)),
@@ -101,22 +102,33 @@ INSPECTING = _options(
 )
 STEERED_OR_NOT = st.sampled_from(["none", "none", "baked", "input"])
 OUTPUTS = st.sampled_from(["steered.onnx", "steered.onnx", "elsewhere/steered.onnx"])
+PLANS = st.one_of(st.just((0, 0)), st.tuples(PICKS, st.integers(1, 3)))
+REPLACING = PATCHING.map(lambda options: tuple(dict.fromkeys((*options, "--replace"))))
 DAMAGED_GRAPHS = st.builds(
     Case,
     graph=st.sampled_from(graphs.NAMES),
-    steering=STEERED_OR_NOT,
-    graph_mutations=_mutations(mutations.MUTATIONS, 1, 4),
-    raw=st.one_of(st.none(), SELDOM),
-    plan=st.tuples(PICKS, st.integers(1, 3)),
+    graph_mutations=_mutations(mutations.MUTATIONS, 1, 3),
+    plan=PLANS,
     patching=PATCHING,
     inspecting=INSPECTING,
     output=OUTPUTS,
+)
+DAMAGED_STEERED_GRAPHS = st.builds(
+    Case,
+    graph=st.sampled_from(graphs.NAMES),
+    steering=st.sampled_from(["baked", "input"]),
+    graph_mutations=_mutations(mutations.MUTATIONS, 1, 2),
+    plan=st.one_of(st.just((0, 0)), PLANS),
+    patching=st.one_of(REPLACING, REPLACING, PATCHING),
+    inspecting=INSPECTING,
 )
 DAMAGED_BYTES = st.builds(
     Case,
     graph=st.sampled_from(graphs.NAMES),
     steering=STEERED_OR_NOT,
+    graph_mutations=_mutations(mutations.MUTATIONS, 0, 1),
     raw=RAW,
+    plan=PLANS,
     plan_raw=SELDOM,
     patching=PATCHING,
     inspecting=INSPECTING,
@@ -126,12 +138,12 @@ DAMAGED_PLANS = st.builds(
     graph=st.sampled_from(["hand", "external", "hand_parallel", "transformers_bf16"]),
     steering=STEERED_OR_NOT,
     graph_mutations=_mutations(mutations.MUTATIONS, 0, 1),
-    plan=st.tuples(PICKS, st.integers(1, 3)),
-    plan_mutations=_mutations(plans.MUTATIONS, 1, 4),
+    plan=PLANS,
+    plan_mutations=_mutations(plans.MUTATIONS, 1, 3),
     plan_raw=SELDOM,
     patching=PATCHING,
 )
-CASES = st.one_of(DAMAGED_GRAPHS, DAMAGED_GRAPHS, DAMAGED_GRAPHS, DAMAGED_BYTES, DAMAGED_PLANS)
+CASES = st.one_of(DAMAGED_GRAPHS, DAMAGED_STEERED_GRAPHS, DAMAGED_GRAPHS, DAMAGED_BYTES, DAMAGED_PLANS)
 
 
 def damaged_graph(case: Case) -> bytes:
@@ -148,6 +160,8 @@ def damaged_plan(case: Case) -> bytes:
     """The bytes of the case's plan file."""
     base = graphs.base(case.graph)
     header, tensors = plans.whole_plan(base.width, base.layers, *case.plan)
+    if case.plan == (0, 0):
+        header, tensors = plans.as_file(graphs.fitting_plan(base))
     for mutation in case.plan_mutations:
         if tensors:
             plans.MUTATIONS[mutation.kind](header, tensors, mutation.pick, mutation.other)
@@ -197,7 +211,7 @@ def _lay_out(case: Case, work: Path) -> None:
     (work / "second.safetensors").write_bytes(
         plans.plan_file(*plans.whole_plan(base.width, base.layers, 5, 1))
     )
-    (work / "given.json").write_text('{"blocks": [{"input": "x", "output": []}]}', encoding="utf-8")
+    (work / "given.json").write_text(base.sites, encoding="utf-8")
 
 
 def _placed(work: Path, options: tuple[str, ...]) -> list[str]:

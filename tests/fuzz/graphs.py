@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from calibration.plan import Add, Edit, Positions, Project, Site, SteeringPlan
 from graph_passes.patch import patch_model
 from graph_passes.residual_stream import find_residual_streams
 from graph_passes.selection import LastFrom, PromptFrom, SteeringInputs, StrengthInput
+from graph_passes.sites_file import sites_content
 from tests.conftest import random_basis, random_vector
 from tests.decoders import Variant, hand_decoder
 from tests.foreign.exports import functions_graph
@@ -40,12 +42,13 @@ AT_RUN_TIME = SteeringInputs(LastFrom.ATTENTION_MASK, PromptFrom.INPUT, Strength
 
 @dataclass(frozen=True)
 class Base:
-    """A decoder graph, the file of its weights if it has one, and the shape of plans that fit it."""
+    """A decoder graph, the file of its weights if it has one, the shape of plans that fit it, and its sites as JSON."""
 
     proto: onnx.ModelProto
     data: bytes | None
     width: int
     layers: int
+    sites: str
 
 
 @cache
@@ -57,11 +60,11 @@ def base(name: str, steering: str = "none") -> Base:
         if name == "hand_parallel":  # it has neither a mask nor a past to tell positions by
             inputs = dataclasses.replace(inputs, last_from=LastFrom.SEQUENCE)
         steered = patch_model(bare.proto, fitting_plan(bare), inputs=inputs).model
-        return Base(steered, bare.data, bare.width, bare.layers)
+        return dataclasses.replace(bare, proto=steered)
     with tempfile.TemporaryDirectory() as folder:
         proto, data = _made(name, Path(folder))
     stream = next(iter(find_residual_streams(proto).values()))
-    return Base(proto, data, stream.hidden_size, len(stream.blocks))
+    return Base(proto, data, stream.hidden_size, len(stream.blocks), json.dumps(sites_content(stream)))
 
 
 def fitting_plan(bare: Base) -> SteeringPlan:

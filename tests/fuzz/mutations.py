@@ -33,7 +33,7 @@ NAMES = (
     "logits",
     "two\nlines",
     "\x1b[31mred",
-    "Error: no\r\nTraceback",
+    "Error: no\r\nWarning",
     "n" * 5000,
     "\u2028",
 )
@@ -273,13 +273,14 @@ def nest_bodies(model: ModelProto, pick: int, other: int) -> None:
     node = node_of(model, pick, 0)
     if node is None:
         return
-    body = GraphProto(name="bottom")
-    body.node.add(op_type="MatMul", input=["a", picked(tensor_names(model), other)], output=["b"])
+    body, known = GraphProto(name="bottom"), model.graph.input[0].name if model.graph.input else ""
+    body.node.add(op_type=picked(("MatMul", "Identity"), pick), input=[known, known], output=["b"])
+    body.output.add(name="b")
     for _ in range(picked(DEPTHS, other)):
         outer = GraphProto(name="outer")
-        outer.node.add(op_type="If", output=["b"]).attribute.add(
-            name="then_branch", type=AttributeProto.GRAPH
-        ).g.CopyFrom(body)
+        branch = outer.node.add(op_type="If", input=[known], output=["b"])
+        branch.attribute.add(name="then_branch", type=AttributeProto.GRAPH).g.CopyFrom(body)
+        outer.output.add(name="b")
         body = outer
     for name in ("then_branch", "else_branch")[: 1 + pick % 2]:
         node.attribute.add(name=name, type=AttributeProto.GRAPH).g.CopyFrom(body)

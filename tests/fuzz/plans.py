@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
-from calibration.plan import FORMAT, METADATA_KEY, VERSION
+from calibration.plan import FORMAT, METADATA_KEY, VERSION, SteeringPlan
 from sarsteer_export.range_guard import PROVENANCE_KEY
 from tests.conftest import random_basis, random_vector
 from tests.fuzz.mutations import TEXTS, picked
@@ -18,7 +18,18 @@ Header: TypeAlias = dict[str, Any]
 Tensors: TypeAlias = dict[str, np.ndarray]
 Mutate: TypeAlias = Callable[[Header, Tensors, int, int], None]
 
-POSITIONS = ("last", "all", "prompt", "generated", "first:2", "range:1:3", "range:2:")
+POSITIONS = (
+    "last",
+    "all",
+    "last",
+    "all",
+    "range:0:",
+    "prompt",
+    "generated",
+    "first:2",
+    "range:1:3",
+    "range:2:",
+)
 SITES = ("block_output", "block_input", "final_norm_output")
 LAYERS: tuple[Any, ...] = (-1, 3, 99, 10**9, 2**63, 10**400, 1.5, "1", None, True, [])
 WORDS: tuple[Any, ...] = ("", "scale", "Add", "ADD", "last\n", None, 5, [], {}, "²", "a" * 5000)
@@ -74,6 +85,14 @@ def whole_plan(width: int, layers: int, number: int, count: int) -> tuple[Header
     return header | {"provenance": {}}, tensors
 
 
+def as_file(plan: SteeringPlan) -> tuple[Header, Tensors]:
+    """Header and tensors of a plan."""
+    raw = plan.to_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header: Header = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"][METADATA_KEY])
+    return header, dict(load(raw))
+
+
 def plan_file(header: Header, tensors: Tensors) -> bytes:
     """The bytes of a plan file, whatever its header says."""
     return save(tensors, {METADATA_KEY: header.get("raw") or json.dumps(header)})
@@ -81,8 +100,8 @@ def plan_file(header: Header, tensors: Tensors) -> bytes:
 
 def tensor_type(header: Header, tensors: Tensors, pick: int, other: int) -> None:
     name = picked(sorted(tensors), pick)
-    tensors[name] = tensors[name].astype(
-        picked(("float16", "float64", "int8", "bool", "uint64", ">f4"), other)
+    tensors[name] = np.zeros_like(
+        tensors[name], picked(("float16", "float64", "int8", "bool", "uint64", ">f4"), other)
     )
 
 
