@@ -28,6 +28,9 @@ CALL_KEY = "sarsteer.call"
 OPENED_KEY = "sarsteer.opened"
 """Metadata entry of every node of an opened call: the call's number in the graph, in the order of opening."""
 
+MOST_DIGITS = 10
+"""A number of more digits is none of ours, and Python may refuse to read it."""
+
 
 def calls_in_the_way(model: ModelProto, scope: Scope, anchors: Collection[str]) -> list[int]:
     """Positions in the scope's graph of calls that hide a stream tensor, or read one that they also give out."""
@@ -181,7 +184,7 @@ def _unsay(node: NodeProto) -> None:
 def _opened(node: NodeProto) -> int:
     """The number of the opened call that a node is of, or −1."""
     said = _said(node).get(OPENED_KEY, "")
-    return int(said) if said.isdecimal() else -1
+    return int(said) if said.isdecimal() and len(said) < MOST_DIGITS else -1
 
 
 def _write(graph: GraphProto, nodes: list[NodeProto]) -> None:
