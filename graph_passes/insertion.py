@@ -235,6 +235,9 @@ def _refuse_steered(model: ModelProto) -> None:
     """Raise `InputError` for a graph that holds any name of ours: taking the steering out would take that along."""
     graphs = {str(scope): scope.graph(model) for scope in (Scope(), *decoder_scopes(model))}
     names = [name for graph in graphs.values() for name in _names_in(graph)]
+    inputs = (POSITIONS_INPUT, PROMPT_LENGTHS_INPUT, STRENGTH_INPUT)
+    if own := [name for name in names if name in inputs]:
+        raise InputError(f"the graph has a tensor {own[0]!r} of its own; expected that name to be free")
     taken = [name for name in names if name.startswith(STEERING_PREFIX)]
     if taken:
         raise InputError(

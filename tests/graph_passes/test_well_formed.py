@@ -1,0 +1,76 @@
+"""What every reader of a graph takes for granted is checked once, when a file is read."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from calibration.errors import InputError
+from graph_passes.names import edit_of
+from graph_passes.tensor_types import elem_type_and_width, fixed
+from graph_passes.well_formed import check_well_formed
+
+
+def model_of(*nodes: onnx.NodeProto) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
+    return helper.make_model(
+        helper.make_graph(nodes, "g", [value], [value]), opset_imports=[helper.make_opsetid("", 17)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        (helper.make_node("Add", ["x"], ["y"], "sum"), "Add 'sum' has 1 inputs; expected at least 2"),
+        (helper.make_node("Relu", ["x"], [], "r"), "Relu 'r' has 0 outputs; expected at least 1"),
+        (
+            helper.make_node("SkipLayerNormalization", ["x", "x"], ["y"], "n", domain="com.microsoft"),
+            "has 2 inputs; expected at least 3",
+        ),
+    ],
+)
+def test_a_node_that_lacks_operands_is_refused(node: onnx.NodeProto, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_well_formed(model_of(node))
+    body = helper.make_graph([node], "body", [], [onnx.ValueInfoProto(name="y")])
+    outer = helper.make_node("If", ["x"], ["y"], then_branch=body, else_branch=body)
+    with pytest.raises(InputError, match=message):
+        check_well_formed(model_of(outer))
+
+
+def test_operators_that_onnx_does_not_know_and_own_functions_may_take_what_they_like() -> None:
+    model = model_of(
+        helper.make_node("Source", [], ["y"], domain="vendor"), helper.make_node("Add", ["x"], ["z"])
+    )
+    model.functions.append(helper.make_function("", "Add", ["a"], ["b"], [], [helper.make_opsetid("", 17)]))
+    check_well_formed(model)
+
+
+@pytest.mark.parametrize("version", [0, -1, 2**62])
+def test_an_opset_that_does_not_exist_is_not_this_check_s_matter(version: int) -> None:
+    model = model_of(helper.make_node("Relu", ["x"], ["y"]))
+    model.opset_import[0].version = version
+    check_well_formed(model)
+
+
+def test_a_name_that_is_not_utf8_is_refused() -> None:
+    raw = model_of(helper.make_node("Relu", ["x"], ["y"], "abc")).SerializeToString()
+    damaged = onnx.ModelProto.FromString(raw.replace(b"abc", b"ab\xff"))
+    with pytest.raises(InputError, match=r"the name 'ab.*xff', which is not UTF-8"):
+        check_well_formed(damaged)
+
+
+@pytest.mark.parametrize("layer", ["²", "9" * 5000, "", "-1", "٣"])
+def test_only_numbers_that_can_be_read_are_layers(layer: str) -> None:
+    assert edit_of(f"sarsteer.{layer}.block_output.add.0.vector") is None
+    assert fixed(layer) is None
+
+
+def test_a_graph_whose_shapes_cannot_be_inferred_is_refused() -> None:
+    """Two inputs of a sum whose shapes contradict each other make inference throw where nothing is recorded."""
+    model = model_of(helper.make_node("Reshape", ["x", "dims"], ["y"]))
+    model.graph.initializer.append(helper.make_tensor("dims", TensorProto.FLOAT, [1], [1.0]))
+    model.graph.value_info.add(name="y").type.sequence_type.elem_type.tensor_type.elem_type = 1
+    with pytest.raises(InputError, match="shape inference fails: "):
+        elem_type_and_width(model, "x", ["y"])
