@@ -68,9 +68,11 @@ def test_only_numbers_that_can_be_read_are_layers(layer: str) -> None:
 
 
 def test_a_graph_whose_shapes_cannot_be_inferred_is_refused() -> None:
-    """Two inputs of a sum whose shapes contradict each other make inference throw where nothing is recorded."""
-    model = model_of(helper.make_node("Reshape", ["x", "dims"], ["y"]))
-    model.graph.initializer.append(helper.make_tensor("dims", TensorProto.FLOAT, [1], [1.0]))
-    model.graph.value_info.add(name="y").type.sequence_type.elem_type.tensor_type.elem_type = 1
+    model = model_of(helper.make_node("Relu", ["x"], ["y"]))
+    sparse = model.graph.sparse_initializer.add(
+        dims=[2]
+    )  # of the name of an input, which is no sparse tensor
+    sparse.values.CopyFrom(helper.make_tensor("x", TensorProto.FLOAT, [1], [1.0]))
+    sparse.indices.CopyFrom(helper.make_tensor("", TensorProto.INT64, [1], [0]))
     with pytest.raises(InputError, match="shape inference fails: "):
         elem_type_and_width(model, "x", ["y"])
