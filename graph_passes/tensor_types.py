@@ -18,7 +18,7 @@ def elem_type_and_width(model: ModelProto, start: str, outputs: list[str]) -> tu
     tensors = [*outputs, start]
     types = recorded_types(model, tensors)
     if len(_widths(types)) != 1 or not any(name in types for name in outputs):
-        types = recorded_types(onnx.shape_inference.infer_shapes(model), tensors)
+        types = recorded_types(_inferred(model), tensors)
     widths = _widths(types)
     if len(widths) != 1:
         raise SiteNotFoundError(
@@ -32,6 +32,23 @@ def elem_type_and_width(model: ModelProto, start: str, outputs: list[str]) -> tu
             f"{sorted(TensorProto.DataType.Name(kind) for kind in elem_types) or 'none'}"
         )
     return elem_types.pop(), widths.pop()
+
+
+def _inferred(model: ModelProto) -> ModelProto:
+    """`model` with the types that shape inference finds, which knows ONNX's own operators by no domain alone."""
+    domains = {entry.domain for entry in model.opset_import} | {node.domain for node in model.graph.node}
+    if "ai.onnx" in domains:
+        view = onnx.ModelProto()
+        view.CopyFrom(model)
+        for opset in view.opset_import:
+            opset.domain = "" if opset.domain == "ai.onnx" else opset.domain
+        for node in view.graph.node:
+            node.domain = "" if node.domain == "ai.onnx" else node.domain
+        model = view
+    try:
+        return onnx.shape_inference.infer_shapes(model)
+    except onnx.shape_inference.InferenceError:
+        return model  # operators it does not know; what is missing then is said by the caller
 
 
 def _widths(types: dict[str, TypeProto]) -> set[int]:

@@ -19,6 +19,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "benchmarks/README.md",
     "docs/bundle.md",
+    "docs/decoders.md",
     "docs/engines.md",
     "docs/gpu.md",
     "docs/inspect.md",
