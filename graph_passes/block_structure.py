@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from graph_passes.fused_norms import fused_sums, split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex
 from graph_passes.names import is_steering
-from graph_passes.residual_stream import TRANSPARENT_OPS
+from graph_passes.transparent import TRANSPARENT_OPS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -22,7 +22,8 @@ from graph_passes.fused_norms import split_in_place
 from graph_passes.graph_index import GraphIndex, rename_reads
 from graph_passes.lowering import Lowered, StreamType, lower, lower_onto_bias, scaled_vector
 from graph_passes.names import STEERED_PREFIX, STEERING_PREFIX, UNSTEERED_PREFIX, edit_names
-from graph_passes.residual_stream import ResidualStream, cache_inputs
+from graph_passes.opened_calls import calls_in_the_way, open_calls
+from graph_passes.residual_stream import ResidualStream, cache_inputs, find_residual_streams
 from graph_passes.scopes import Scope, decoder_scopes
 from graph_passes.selection import (
     LAST_NODE,
@@ -110,12 +111,32 @@ def insert_edits(
     opset = opset_of(model)
     steered = ModelProto()
     steered.CopyFrom(model)
+    streams = _opened(steered, streams, plan)
     inserted: list[InsertedEdit] = []
     for scope, stream in streams.items():
         inserting = _Insertion(scope, stream, plan, inputs, opset)
         inserted += inserting.insert(steered)
     add_steering_inputs(steered, plan, inputs)
     return steered, tuple(inserted)
+
+
+def _opened(
+    model: ModelProto, streams: Mapping[Scope, ResidualStream], plan: SteeringPlan
+) -> Mapping[Scope, ResidualStream]:
+    """Open, in `model` itself, the calls of functions that stand in the way of edits; the streams as they are then."""
+    if not model.functions:
+        return streams
+    while True:
+        in_the_way = {
+            scope: calls
+            for scope, stream in streams.items()
+            if (calls := calls_in_the_way(model, scope, by_anchor(stream, plan)))
+        }
+        if not in_the_way:
+            return streams
+        for scope, calls in in_the_way.items():
+            open_calls(model, scope, calls)
+        streams = find_residual_streams(model)
 
 
 class StreamTensors(Protocol):
@@ -238,12 +259,12 @@ class _Insertion:
         graph = self._scope.graph(model)
         index = self._scope.index(model)
         choices = self._choices(index)
-        split = {anchor for anchor in self._anchors if not self._on_bias(anchor, choices)}
+        split = [anchor for anchor in self._anchors if not self._on_bias(anchor, choices)]
         split_in_place(graph, model.graph, split)
         index = self._scope.index(model)
-        for anchor in self._anchors:
+        for anchor in split:
             self._check_anchor(index, anchor)
-        splices = [self._shared(index)]
+        splices = [self._shared(index, choices)]
         inserted: list[InsertedEdit] = []
         for anchor, numbers in self._anchors.items():
             splice, records = self._edits_at(anchor, numbers, choices, index)
@@ -279,13 +300,17 @@ class _Insertion:
                 "inline the file's functions first (onnx.inliner.inline_local_functions) and patch the result"
             )
 
-    def _shared(self, index: GraphIndex) -> _Splice:
-        """What edits share, behind the start of the stream, whose shape it reads.
+    def _shared(self, index: GraphIndex, choices: Mapping[int, Choice]) -> _Splice:
+        """What edits share, behind the start of the stream, whose shape it reads; where that is inside a function,
+        behind the first tensor that is edited.
 
-        An edit at the very start renames what the embedding computes.
+        An edit at that very tensor renames what its producer computes.
         """
         anchor = self._stream.blocks[0].input
-        renamed = anchor in self._anchors and anchor in index.producer
+        if anchor not in index.producer and anchor not in index.inputs:
+            anchor = min(self._anchors, key=lambda name: index.producer.get(name, -1))
+        edited = anchor in self._anchors and not self._on_bias(anchor, choices)
+        renamed = edited and anchor in index.producer
         mask = None if self._stream.attention_mask is None else gs.Variable(self._stream.attention_mask)
         caches = cache_inputs(index)
         shared = share(

@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 from graph_passes.fused_norms import WEIGHTS, split_fused_norms
 from graph_passes.graph_index import GraphIndex, describe
 from graph_passes.names import is_steering
-from graph_passes.residual_stream import SELECTION_OPS, TRANSPARENT_OPS
+from graph_passes.residual_stream import SELECTION_OPS
+from graph_passes.transparent import TRANSPARENT_OPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PatchResult:
-    """The steered graph, the stream that was found (of the first body of a merged decoder) and the edits made."""
+    """The steered graph, the stream that was found (of a merged decoder's first body), the plan and the edits made."""
 
     model: ModelProto
     stream: ResidualStream
+    plan: SteeringPlan
     edits: tuple[InsertedEdit, ...]
 
 
@@ -68,4 +69,4 @@ def patch_model(
     check_interface(model, steered)
     check_wiring(steered, edits)
     check_count(plan, edits, tuple(streams))
-    return PatchResult(steered, stream, edits)
+    return PatchResult(steered, stream, plan, edits)

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 
 from calibration.errors import SiteNotFoundError, UnsupportedError
 from calibration.plan import Site
+from graph_passes.attention_mask import MASK_NAME, find_attention_mask
 from graph_passes.fused_norms import split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe, subgraphs
 from graph_passes.names import STEERED_PREFIX, UNSTEERED_PREFIX, is_steering
 from graph_passes.scopes import Scope, decoder_scopes, inlined
 from graph_passes.tensor_types import elem_type_and_width, recorded_types
+from graph_passes.transparent import TRANSPARENT_OPS, behind_quantisation, handed_on, in_float
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
-TRANSPARENT_OPS = frozenset({"Cast", "Identity"})
 LOGIT_OPS = frozenset({"Add", "Div", "Mul", "Tanh"})
 """What may stand between the head's matrix product and the logits: a bias, a scale, a soft cap."""
 SELECTION_OPS = frozenset({"Gather", "GatherND", "Reshape", "Slice", "Squeeze", "Unsqueeze"})
@@ -84,6 +85,7 @@ class _ResidualAdd:
     node: NodeProto
     output: str
     skip: str
+    branches: tuple[str, ...]
     has_attention: bool
 
 
@@ -109,7 +111,9 @@ def find_residual_stream(model: ModelProto) -> ResidualStream:
         final_norm_output=final_norm_output,
         hidden_size=hidden_size,
         elem_type=elem_type,
-        attention_mask=_attention_mask(index),
+        attention_mask=find_attention_mask(
+            index, blocks[0].input, [branch for add in adds if add.has_attention for branch in add.branches]
+        ),
         other_types=tuple(
             (name, types[name].tensor_type.elem_type)
             for name in tensors
@@ -148,14 +152,6 @@ def _refuse_unsupported(graph: GraphProto) -> None:
                 f"{describe(node)} holds bodies that compute the decoder; expected a flat graph, or one `If` "
                 "around whole decoders"
             )
-
-
-def _attention_mask(index: GraphIndex) -> str | None:
-    for value in index.graph.input:
-        if value.name == "attention_mask" and value.name in index.inputs:
-            shape = value.type.tensor_type.shape if value.type.tensor_type.HasField("shape") else None
-            return value.name if shape is None or len(shape.dim) == 2 else None
-    return None
 
 
 def _logits(index: GraphIndex) -> str:
@@ -208,14 +204,14 @@ def _residual_add(index: GraphIndex, node: NodeProto) -> _ResidualAdd | None:
             for branch in branches:
                 own |= index.ancestors(branch)
             own &= ~index.ancestors(skip)
-            return _ResidualAdd(node, node.output[0], skip, _holds_attention(index, own))
+            return _ResidualAdd(node, node.output[0], skip, tuple(branches), _holds_attention(index, own))
     return None
 
 
 def _terms(index: GraphIndex, node: NodeProto) -> Iterable[str]:
     """The terms of a sum of sums, as in `x + attention + mlp` of parallel blocks; constants left out."""
     for name in node.input:
-        producer = index.producer_of(name)
+        producer = index.producer_of(_unquantised(index, name))
         if producer is not None and producer.op_type == "Add" and _feeds_only_a_sum(index, producer):
             yield from _terms(index, producer)
         elif index.is_computed(name):
@@ -223,7 +219,7 @@ def _terms(index: GraphIndex, node: NodeProto) -> Iterable[str]:
 
 
 def _feeds_only_a_sum(index: GraphIndex, node: NodeProto) -> bool:
-    consumers = index.consumers[node.output[0]]
+    consumers = index.consumers[behind_quantisation(index, node.output[0])]
     return (
         len(consumers) == 1
         and index.nodes[consumers[0]].op_type == "Add"
@@ -233,7 +229,7 @@ def _feeds_only_a_sum(index: GraphIndex, node: NodeProto) -> bool:
 
 def _holds_attention(index: GraphIndex, branch: int) -> bool:
     """Whether the nodes of a branch read a KV cache or, in a graph without one, compute attention."""
-    caches = cache_inputs(index)
+    caches = read_caches(index)
     if caches:
         return any(branch & index.bit(name) for name in caches)
     members = [(1 << position, node) for position, node in enumerate(index.nodes) if branch >> position & 1]
@@ -250,21 +246,22 @@ def _holds_attention(index: GraphIndex, branch: int) -> bool:
 
 def cache_inputs(index: GraphIndex) -> list[str]:
     """Graph inputs of rank 4: past keys and values [batch, kv_heads, past, head_dim]."""
-    return [
-        value.name
-        for value in index.graph.input
-        if value.name in index.inputs
-        and value.name != "attention_mask"
-        and len(value.type.tensor_type.shape.dim) == 4
-    ]
+    return [name for name, rank in index.input_ranks.items() if rank == 4 and name != MASK_NAME]
+
+
+def read_caches(index: GraphIndex) -> list[str]:
+    """The caches that a graph reads: the body for passes without a past reads none of a merged decoder's."""
+    caches = cache_inputs(index)
+    return caches if any(index.consumers[name] for name in caches) else []
 
 
 def _source(index: GraphIndex, tensor: str) -> str:
-    """The tensor that `tensor` is, seen through casts and through steering already in the graph."""
-    while (node := index.producer_of(tensor)) is not None and (
-        node.op_type in TRANSPARENT_OPS or is_steering(node)
-    ):
-        tensor = node.input[0]
+    """The tensor that `tensor` is, seen through casts, Q/DQ pairs and steering already in the graph."""
+    while (node := index.producer_of(tensor)) is not None:
+        before = node.input[0] if is_steering(node) else handed_on(index, node)
+        if before is None:
+            break
+        tensor = before
     return tensor
 
 
@@ -282,9 +279,19 @@ def _stream_start(index: GraphIndex, skip: str) -> str:
 
 
 def _uncast(index: GraphIndex, tensor: str) -> str:
-    while (node := index.producer_of(tensor)) is not None and node.op_type in TRANSPARENT_OPS:
-        tensor = node.input[0]
+    while (node := index.producer_of(tensor)) is not None:
+        if (before := handed_on(index, node)) is None:
+            break
+        tensor = before
     return tensor
+
+
+def _unquantised(index: GraphIndex, tensor: str) -> str:
+    """What `tensor` was before its Q/DQ pair."""
+    node = index.producer_of(tensor)
+    if node is None or node.op_type != "DequantizeLinear":
+        return tensor
+    return handed_on(index, node) or tensor
 
 
 def _steered(index: GraphIndex, tensor: str) -> str:
@@ -308,11 +315,11 @@ def _blocks(index: GraphIndex, adds: list[_ResidualAdd]) -> tuple[Block, ...]:
             Block(
                 index=number,
                 input=blocks[-1].output if blocks else _stream_start(index, members[0].skip),
-                output=_steered(index, members[-1].output),
+                output=_steered(index, behind_quantisation(index, members[-1].output)),
                 adds=tuple(describe(add.node) for add in members),
             )
         )
-    caches = len(cache_inputs(index))
+    caches = len(read_caches(index))
     if caches and caches != 2 * len(blocks):
         raise SiteNotFoundError(
             f"found {len(blocks)} decoder blocks on the residual stream, but the graph has {caches} KV-cache "
@@ -337,22 +344,15 @@ def _cross_check_scopes(index: GraphIndex, blocks: tuple[Block, ...]) -> None:
 
 
 def _final_norm_output(index: GraphIndex, stream_end: str, elem_type: int) -> str | None:
-    """Walk back from the logits over the head to the norm of every position that it reads."""
+    """The norm of every position that the head reads or, in a graph without a head, that it gives out."""
     end = index.bit(_source(index, stream_end))
-    tensor, head_passed = _logits(index), False
-    while (node := index.producer_of(tensor)) is not None and not is_steering(node):
-        is_head = node.op_type in MATMUL_OPS and not head_passed
-        if node.op_type == "Cast" and head_passed and _cast_to(node) == elem_type:
-            break  # a norm computed in float32 ends with the cast to the stream's type
-        passable = SELECTION_OPS | TRANSPARENT_OPS | (frozenset() if head_passed else LOGIT_OPS)
-        if not is_head and node.op_type not in passable:
-            break
-        sources = [name for name in node.input if name and index.ancestors(name) & end]
-        if not sources:
-            break
-        tensor, head_passed = sources[0], head_passed or is_head
+    tensor, head_passed = _norm_by_head(index, end, elem_type)
     stream = _source(index, stream_end)
-    if not head_passed or _source(index, tensor) == stream:
+    if not head_passed:
+        tensor = _logits(index)
+        if _holds(index, _source(index, tensor), stream, MATMUL_OPS):
+            return None
+    if _source(index, tensor) == stream:
         return None
     norm = index.ancestors(tensor) & ~index.ancestors(stream)
     selects = (
@@ -363,6 +363,35 @@ def _final_norm_output(index: GraphIndex, stream_end: str, elem_type: int) -> st
         for position, node in enumerate(index.nodes)
     )
     return None if any(selects) else tensor
+
+
+def _norm_by_head(index: GraphIndex, end: int, elem_type: int) -> tuple[str, bool]:
+    """Walk back from the logits over the head; where that ends, and whether there was a head."""
+    tensor, head_passed = _logits(index), False
+    while (node := index.producer_of(tensor)) is not None and not is_steering(node):
+        is_head = node.op_type in MATMUL_OPS and not head_passed
+        if node.op_type == "Cast" and head_passed and _cast_to(node) == elem_type:
+            break  # a norm computed in float32 ends with the cast to the stream's type
+        if not head_passed and node.op_type == "DequantizeLinear" and (before := handed_on(index, node)):
+            tensor = before
+            continue
+        passable = SELECTION_OPS | TRANSPARENT_OPS | (frozenset() if head_passed else LOGIT_OPS)
+        if not is_head and node.op_type not in passable:
+            break
+        sources = [name for name in node.input if name and index.ancestors(name) & end]
+        if not sources:
+            break
+        tensor, head_passed = sources[0], head_passed or is_head
+        tensor = in_float(index, tensor) if is_head else tensor
+    return tensor, head_passed
+
+
+def _holds(index: GraphIndex, tensor: str, before: str, op_types: frozenset[str]) -> bool:
+    """Whether `tensor` is computed from `before` by way of some operator."""
+    between = index.ancestors(tensor) & ~index.ancestors(before)
+    return any(
+        node.op_type in op_types for position, node in enumerate(index.nodes) if between >> position & 1
+    )
 
 
 def _cast_to(node: NodeProto) -> int:

@@ -59,8 +59,12 @@ class Scope:
 
     def view(self, model: ModelProto) -> ModelProto:
         """A flat graph to read the decoder's structure from; `model` itself where it is flat already."""
-        flat = model if self.node is None else _with_body(model, self)
+        flat = self.flat(model)
         return flat if not flat.functions else inlined(flat)
+
+    def flat(self, model: ModelProto) -> ModelProto:
+        """The view before functions are seen through."""
+        return model if self.node is None else _with_body(model, self)
 
 
 def decoder_scopes(model: ModelProto) -> tuple[Scope, ...]:

@@ -11,6 +11,7 @@ from graph_passes.checks import STEERING_INPUTS
 from graph_passes.fused_norms import join_fused_norms
 from graph_passes.graph_index import rename_reads
 from graph_passes.names import STEERED_PREFIX, STEERING_PREFIX, UNSTEERED_PREFIX, edit_of, is_steering
+from graph_passes.opened_calls import close_calls
 from graph_passes.plan_names import CONSTANTS_KEY, PLAN_KEY
 from graph_passes.scopes import decoder_scopes
 from graph_passes.selection import STRENGTH_INPUT
@@ -76,6 +77,7 @@ def _restore(graph: GraphProto) -> None:
             elif name.startswith(STEERED_PREFIX):
                 rename_reads(node, name, name.removeprefix(STEERED_PREFIX))
     join_fused_norms(graph)
+    close_calls(graph)
     _keep(graph.value_info, lambda value: not value.name.startswith(STEERING_PREFIX))
 
 

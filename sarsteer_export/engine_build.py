@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from graph_passes.onnx_file import external_files, read_graph
 from graph_passes.plan_names import FINGERPRINT_KEY, PLAN_KEY, check_steering_whole, metadata
 from graph_passes.steering_in import edit_initializers
 from sarsteer_export.bundle.manifest import file_sha256
-from sarsteer_export.staging import check_output, nearest_folder, staged_file
+from sarsteer_export.staging import check_output, check_outside_bundle, nearest_folder, staged_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -127,7 +128,7 @@ class BuiltEngine:
                 f"  {record.backend} {record.backend_version}, {record.precision}, compute capability "
                 f"{', '.join(record.compute_capabilities)}",
                 f"  {record.build.layers} layers in {record.build.seconds:.1f} s, peak memory "
-                f"{record.build.peak_rss_bytes / 1e6:.0f} MB",
+                f"{record.build.peak_rss_bytes / 1e6:.0f} MB ({record.build.start_rss_bytes / 1e6:.0f} MB before it)",
                 f"  profiles: {profiles or 'none, shapes are fixed'}",
                 f"  steering: {len(record.steering)} constants found in the network, each where it must be",
                 f"  refittable: {refit}",
@@ -145,7 +146,7 @@ def build_engines(
 ) -> tuple[BuiltEngine, ...]:
     """Build engines of one ONNX file: `output/<backend>-<version>-<target>-<precision>/<graph>.engine`.
 
-    Each appears with its sidecar when it is finished. Raises `InputError` for a bad graph or shapes,
+    All appear, each with its sidecar, when the last is finished. Raises `InputError` for a bad graph or shapes,
     `UnsupportedError` for what cannot be built here, `EngineError` when TensorRT fails or steering that the graph
     holds did not reach its network.
     """
@@ -164,22 +165,27 @@ def build_engines(
         for backend in settings.backends
     }
     for target in targets.values():
-        check_output(target, overwrite=overwrite)
-        check_output(sidecar_of(target), overwrite=overwrite)
+        for file in (target, sidecar_of(target)):
+            check_outside_bundle(file)
+            check_output(file, overwrite=overwrite)
         _check_space(target, source)
-    built = []
-    for backend, target in targets.items():
-        with staged_file(target, overwrite=overwrite) as staged:
-            record = build_engine(
+    with ExitStack() as stack:
+        staged = {
+            backend: stack.enter_context(staged_file(target, overwrite=overwrite))
+            for backend, target in targets.items()
+        }
+        records = {
+            backend: build_engine(
                 source,
-                staged,
+                file,
                 backend,
                 profiles,
                 compute_capabilities=settings.compute_capabilities,
                 progress=progress,
             )
-        built.append(BuiltEngine(target, record))
-    return tuple(built)
+            for backend, file in staged.items()
+        }
+    return tuple(BuiltEngine(target, records[backend]) for backend, target in targets.items())
 
 
 def engine_source(graph: Path, content: ModelProto | None = None) -> EngineSource:

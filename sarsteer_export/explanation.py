@@ -9,14 +9,13 @@ from graph_passes.forms import cost
 from graph_passes.lowering import StreamType
 
 if TYPE_CHECKING:
-    from calibration.plan import SteeringPlan
     from graph_passes.patch import PatchResult
 
 PREFILL = 512
 """Positions of the prefill that costs are shown for; decode has one."""
 
 
-def explain_edits(result: PatchResult, plan: SteeringPlan) -> list[dict[str, Any]]:
+def explain_edits(result: PatchResult) -> list[dict[str, Any]]:
     """Per edit made: where it stands, its form, why, and FLOPs and bytes of a decode step and of a prefill.
 
     Bytes are what nodes read and write when each runs by itself; a runtime that fuses them moves fewer.
@@ -27,9 +26,9 @@ def explain_edits(result: PatchResult, plan: SteeringPlan) -> list[dict[str, Any
         costs = {
             phase: dataclasses.asdict(
                 cost(
-                    plan.edits[edit.number],
+                    result.plan.edits[edit.number],
                     edit.form,
-                    hidden_size=plan.hidden_size,
+                    hidden_size=result.stream.hidden_size,
                     elem_bytes=elem_bytes,
                     sequence=sequence,
                 )

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sarsteer_export.cli.command import Command, emit, options
-from sarsteer_export.cli.options import FILE, force_option, overwrite_option
+from sarsteer_export.cli.command import Command, Progress, emit, options
+from sarsteer_export.cli.options import FILE, force_option, overflow_option, overwrite_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,9 +65,15 @@ run_time_options = options(
     default=None,
     help="Sites file that says where the blocks are, instead of finding them; `inspect --sites` writes one.",
 )
+@click.option(
+    "--copy",
+    is_flag=True,
+    help="Give the output its own copy of the weights beside DECODER too, in OUTPUT.data.",
+)
 @click.option("--replace", is_flag=True, help="Take out the steering that DECODER holds first.")
 @click.option("--explain", is_flag=True, help="Say which form every edit takes, why, and what it costs.")
 @force_option
+@overflow_option
 @overwrite_option
 def command(
     decoder: Path,
@@ -80,7 +86,8 @@ def command(
 ) -> None:
     """Bake a plan into the ONNX decoder DECODER. Weights are not touched.
 
-    Beside DECODER, the steered graph shares its weights; in another folder they are copied.
+    Beside DECODER, the steered graph shares its weights, unless --copy is given; in another folder they are
+    copied. A copy is a clone where the filesystem can make one, and never a link.
 
     \b
     Examples:
@@ -88,12 +95,11 @@ def command(
       sarsteer-export patch onnx/decoder.onnx --plan plan.safetensors -o onnx/steered.onnx --strength-input batch
     """
     from sarsteer_export.explanation import edits_text, explain_edits, explanation_text
-    from sarsteer_export.patching import load_plans, patch
+    from sarsteer_export.patching import patch
 
     settings = patch_settings(**given)
-    plan = load_plans(plans, settings.combine)
-    result = patch(decoder, plan, output, settings, overwrite=overwrite)
-    edits = explain_edits(result, plan)
+    result = patch(decoder, plans, output, settings, overwrite=overwrite, progress=Progress())
+    edits = explain_edits(result)
     lines = [explanation_text(edits) if explain else edits_text(edits)]
     summary = f"{len(edits)} edits, {len(result.stream.blocks)} blocks -> {output}"
     emit({"output": str(output), "edits": edits}, "\n".join([*lines, summary]), as_json=as_json)

@@ -35,7 +35,8 @@ def inspect_engine(path: Path) -> Inspection:
         f"backend     {record.backend} {record.backend_version}, {record.precision}",
         f"built for   compute capability {', '.join(record.compute_capabilities)}",
         f"built in    {record.build.seconds:g} s, {record.build.layers} layers, peak memory "
-        f"{record.build.peak_rss_bytes / 1e6:.0f} MB, on {record.build.platform}",
+        f"{record.build.peak_rss_bytes / 1e6:.0f} MB ({record.build.start_rss_bytes / 1e6:.0f} MB before it), "
+        f"on {record.build.platform}",
         f"plan        {record.plan_sha256 or 'none: the graph was not steered'}",
         f"refit       {record.refit.reason or f'{len(record.refit.constants)} constants'}",
         opened,

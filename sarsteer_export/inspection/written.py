@@ -14,8 +14,8 @@ from graph_passes.scopes import Scope
 from graph_passes.sites_file import sites_content, write_sites
 from graph_passes.stream_table import stream_table
 from sarsteer_export.block_picture import BlockView, draw_block
+from sarsteer_export.decoder_file import check_output_name
 from sarsteer_export.inspection.found import Inspection
-from sarsteer_export.patching import check_output_name
 from sarsteer_export.staging import check_output, staged_file
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def check_outputs(decoder: Path, outputs: Sequence[Path], *, overwrite: bool) ->
         if output.resolve() in {decoder.resolve(), *(other.resolve() for other in outputs[:number])}:
             raise InputError(f"{output}: is read, or written twice; name another output")
         if output.resolve().parent == decoder.resolve().parent:
-            check_output_name(_graph(decoder), output)
+            check_output_name(_graph(decoder), decoder, output)
 
 
 def _graph(path: Path) -> ModelProto:

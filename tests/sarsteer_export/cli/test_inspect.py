@@ -209,6 +209,8 @@ def test_patch_never_writes_over_what_it_is_given(
     data = next(file for file in decoder_copy.parent.iterdir() if file != decoder_copy)
     named_as_data = folder / data.name  # where data is copied to when the output goes to another folder
     named_as_data.write_bytes(plan.read_bytes())
+    link = folder / "link.safetensors"
+    link.symlink_to(plan)
     before = listing(tmp_path)
     given = ("patch", decoder_copy, "--sites", sites, "--overwrite", "-o")
     for output, steering, words in (
@@ -216,6 +218,8 @@ def test_patch_never_writes_over_what_it_is_given(
         (plan, plan, plan),
         (folder / ".." / folder.name / plan.name, plan, plan),
         (folder / "steered.onnx", named_as_data, named_as_data),
+        (link, link, link),
+        (plan, link, link),
     ):
         refused(
             sarsteer(*given, output, "--plan", steering), str(words), "is read, and would be written over"

@@ -1,0 +1,54 @@
+"""Nodes that hand on a tensor's values: casts, and pairs of `QuantizeLinear` and `DequantizeLinear`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
+
+    from graph_passes.graph_index import GraphIndex
+
+TRANSPARENT_OPS = frozenset({"Cast", "Identity"})
+QUANTISING_OPS = frozenset({"QuantizeLinear", "DynamicQuantizeLinear"})
+"""What makes integers of a float tensor, its first input."""
+
+
+def handed_on(index: GraphIndex, node: NodeProto) -> str | None:
+    """The tensor whose values `node` hands on; None where it computes others.
+
+    A `DequantizeLinear` hands on what a `QuantizeLinear` before it has rounded; that of a weight hands on nothing.
+    """
+    if node.op_type in TRANSPARENT_OPS:
+        return str(node.input[0])
+    if node.op_type == "DequantizeLinear":
+        before = index.producer_of(node.input[0])
+        return str(before.input[0]) if before is not None and before.op_type == "QuantizeLinear" else None
+    return None
+
+
+def behind_quantisation(index: GraphIndex, tensor: str) -> str:
+    """The last tensor behind Q/DQ pairs that every reader of `tensor` reads; `tensor` itself without pairs.
+
+    An edit there is not rounded again with scales that were calibrated without it. Where readers differ, one reading
+    `tensor` and another a pair behind it, or where the graph gives `tensor` out, no such tensor exists.
+    """
+    outputs = {value.name for value in index.graph.output}
+    found = tensor
+    while tensor not in outputs and len(readers := index.consumers[tensor]) == 1:
+        node = index.nodes[readers[0]]
+        if node.op_type not in TRANSPARENT_OPS | {"QuantizeLinear", "DequantizeLinear"}:
+            break
+        if node.input[0] != tensor:
+            break
+        tensor = node.output[0]
+        if node.op_type == "DequantizeLinear":
+            found = tensor
+    return found
+
+
+def in_float(index: GraphIndex, tensor: str) -> str:
+    """The float tensor that `tensor` was quantised from, or `tensor` itself."""
+    while (node := index.producer_of(tensor)) is not None and node.op_type in QUANTISING_OPS:
+        tensor = node.input[0]
+    return tensor
