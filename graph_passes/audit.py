@@ -137,7 +137,7 @@ class _ScopeAudit:
             self._expected = self._lowered(self._plan, self._inputs)
         for stage in self._stages:
             self._compare(stage, numbers.get(stage.tensor, []))
-        self._check_strength()
+        self._check_defaults()
         return AuditReport(
             edits=self._edits(),
             steps=tuple(self._found_steps()),
@@ -447,19 +447,25 @@ class _ScopeAudit:
             if self._findings[number][0] is Finding.PRESENT:
                 self._findings[number] = (Finding.BYPASSED, f"{shown(reader)} at the {stage.place}")
 
-    def _check_strength(self) -> None:
-        """A strength that may be left out is 1 then."""
-        if self._inputs.strength is None or self._plan is None:
+    def _check_defaults(self) -> None:
+        """A strength that may be left out is 1 then; positions and lengths may not be left out."""
+        if self._plan is None:
             return
-        held = [t for t in self._graph.model.graph.initializer if t.name == STRENGTH_INPUT]
-        self._notes.append(f"strength is told at run time, by the graph input {STRENGTH_INPUT}")
-        if not held:
-            return
-        values = numpy_helper.to_array(held[0])
-        if values.dtype != np.float32 or not np.all(values == 1):
+        defaults = {
+            tensor.name: numpy_helper.to_array(tensor)
+            for tensor in self._graph.model.graph.initializer
+            if tensor.name in (STRENGTH_INPUT, POSITIONS_INPUT, PROMPT_LENGTHS_INPUT)
+        }
+        for name in (STRENGTH_INPUT, POSITIONS_INPUT, PROMPT_LENGTHS_INPUT):
+            if name in self._graph.inputs:
+                self._notes.append(f"told at run time, by a graph input: {name}")
+        for name, values in defaults.items():
+            if name == STRENGTH_INPUT and values.dtype == np.float32 and np.all(values == 1):
+                continue
+            expected = "1" if name == STRENGTH_INPUT else "that it must be fed"
+            text = f"where {name} is not fed, it is {np.unique(values)[:3].tolist()}; expected {expected}"
             for number, (finding, _) in self._findings.items():
-                if finding is Finding.PRESENT:
-                    text = f"where {STRENGTH_INPUT} is not fed, it is {np.unique(values)[:3].tolist()}; expected 1"
+                if finding is Finding.PRESENT and _reads(name, self._plan.edits[number].positions):
                     self._findings[number] = (Finding.ALTERED, text)
 
     @property
@@ -526,6 +532,13 @@ def _matched(expected: Sequence[_Signature], found: Sequence[_Signature]) -> Map
         else:
             other += 1
     return pairs
+
+
+def _reads(name: str, positions: Positions) -> bool:
+    """Whether an edit at some positions depends on a graph input of steering."""
+    if name == STRENGTH_INPUT:
+        return True
+    return positions == Positions.LAST if name == POSITIONS_INPUT else positions.needs_prompt_length
 
 
 def _same_constants(one: _Signature, other: _Signature) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from onnx import GraphProto, ModelProto, NodeProto
 
-from graph_passes.expressions import SHAPE_OPS, Constants, Expressions
+from graph_passes.expressions import COMMUTATIVE_OPS, SHAPE_OPS, Constants, Expressions
 from graph_passes.fused_norms import ADDED_KEY, split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, reads, subgraphs
 from graph_passes.names import STEERING_PREFIX
@@ -55,6 +55,7 @@ class SteppedGraph:
     def __init__(self, model: ModelProto, opset: int, folder: Path | None) -> None:
         self.model = split_fused_norms(_nameless(model))
         graph = self.model.graph
+        _read_first_of_equals(graph)
         self.index = GraphIndex(graph)
         tensors = {tensor.name: tensor for tensor in graph.initializer}
         defaults = self.model.ir_version >= DEFAULTS_IR_VERSION
@@ -181,6 +182,23 @@ def _rename(graph: GraphProto) -> None:
                     names[position] = _free(name)
         for body in subgraphs(node):
             _rename(body)
+
+
+def _read_first_of_equals(graph: GraphProto) -> None:
+    """Where several nodes compute the same from the same, make readers read the first: a sum made twice is one sum."""
+    first: dict[tuple[object, ...], NodeProto] = {}
+    same: dict[str, str] = {}
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = same.get(name, name)
+        if subgraphs(node) or not node.input:
+            continue
+        operands = sorted(node.input) if node.op_type in COMMUTATIVE_OPS else list(node.input)
+        attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
+        key = (node.domain, node.op_type, *operands, *attributes)
+        other = first.setdefault(key, node)
+        if other is not node and len(other.output) == len(node.output):
+            same |= {name: kept for name, kept in zip(node.output, other.output, strict=True) if name and kept}
 
 
 def _free(name: str) -> str:
