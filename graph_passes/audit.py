@@ -81,16 +81,18 @@ def audit_model(
     """Compare what stands on the residual stream of a graph with a plan; `model` is left as it is.
 
     `folder`: where the graph's external data lies. `last_from`: where the last position must be read from; when left
-    out, from the graph's input for it where it has one, else from its attention mask, else from the last column. Without
-    a plan, only what stands there is listed. Raises `SiteNotFoundError` when the graph is no decoder that steering can
-    be found in, `InputError` when the plan is for another shape of model.
+    out, from the graph's input for it where it has one, else from its attention mask, else from the last column.
+    Without a plan, only what stands there is listed. Raises `SiteNotFoundError` when the graph is no decoder that
+    steering can be found in, `InputError` when the plan is for another shape of model.
     """
     opset = opset_of(model)
     reports = [
         _ScopeAudit(model, scope, plan, opset, folder, last_from).report() for scope in decoder_scopes(model)
     ]
     claimed = metadata(model).get(PLAN_KEY)
-    notes = [f"the file says that it is steered by plan {claimed[:12]}" if claimed else "the file names no plan"]
+    notes = [
+        f"the file says that it is steered by plan {claimed[:12]}" if claimed else "the file names no plan"
+    ]
     if plan is not None and claimed and claimed != plan.digest():
         notes[0] += f", not by {plan.digest()[:12]}"
     for report in reports:
@@ -212,7 +214,10 @@ class _ScopeAudit:
         expressions = Expressions(list(exported.node), constants, known, self._opset)
         last = {node.output[0]: node for node in exported.node}
         return [
-            _signature(expressions, last[output].op_type, *last[output].input, [HIDDEN]) for output in outputs
+            _signature(
+                expressions, last[output].op_type, last[output].input[0], last[output].input[1], [HIDDEN]
+            )
+            for output in outputs
         ]
 
     def _types(self, plan: SteeringPlan) -> list[StreamType]:
@@ -353,7 +358,10 @@ class _ScopeAudit:
         assert plan is not None  # noqa: S101 - only then is anything expected
         if _same_constants(wanted, found):
             text = "its constants are the plan's; where or how strongly they act is not"
-            if plan.edits[number].positions == Positions.LAST and self._inputs.last_from is not LastFrom.SEQUENCE:
+            if (
+                plan.edits[number].positions == Positions.LAST
+                and self._inputs.last_from is not LastFrom.SEQUENCE
+            ):
                 column = self._lowered(plan, replace(self._inputs, last_from=LastFrom.SEQUENCE))[number]
                 if column == found:
                     text = "it acts at the last column, not at the last attended position; if it was patched so, say "
@@ -375,7 +383,11 @@ class _ScopeAudit:
                 return f"nothing stands at the {stage.place}; such an edit stands at the {other.place}"
         text = f"nothing stands at the {stage.place}"
         plan = self._plan
-        if plan is not None and isinstance(plan.edits[number], Add) and plan.edits[number].positions == Positions.ALL:
+        if (
+            plan is not None
+            and isinstance(plan.edits[number], Add)
+            and plan.edits[number].positions == Positions.ALL
+        ):
             text += "; folded into a bias by an optimiser it could not be told from the model's own"
         return text
 

@@ -63,6 +63,7 @@ class AuditReport:
     unexpected: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
     plan_sha256: str | None = None
+    on_paper: bool = False
 
     @property
     def passed(self) -> bool:
@@ -70,7 +71,7 @@ class AuditReport:
         if self.plan_sha256 is None:
             return bool(self.steps) and not self.unexpected
         return (
-            bool(self.edits)
+            (bool(self.edits) or self.on_paper)
             and not self.unexpected
             and all(edit.finding is Finding.PRESENT for edit in self.edits)
         )
@@ -92,7 +93,8 @@ class AuditReport:
     def table(self) -> str:
         """The report for people."""
         lines = [
-            f"edit {edit.number:3}  {_place(edit)}  {edit.op:8} {edit.positions:10} {edit.finding.value:9} {edit.detail}"
+            f"edit {edit.number:3}  {_place(edit)}  {edit.op:8} {edit.positions:10} {edit.finding.value:9} "
+            f"{edit.detail}"
             for edit in self.edits
         ]
         if self.plan_sha256 is None:
@@ -101,7 +103,7 @@ class AuditReport:
             ] or ["no steering stands on the residual stream"]
         lines += [f"unexpected: {text}" for text in self.unexpected]
         lines += [f"note: {note}" for note in self.notes]
-        if self.plan_sha256 is not None:
+        if self.plan_sha256 is not None and not self.on_paper:
             present = sum(edit.finding is Finding.PRESENT for edit in self.edits)
             lines.append(f"{present} of {len(self.edits)} edits of plan {self.plan_sha256[:12]} are present")
         return "\n".join(line.rstrip() for line in lines)

@@ -10,6 +10,7 @@ whatever an optimiser or a person called its nodes, merged or stored elsewhere.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +51,15 @@ class Constants:
         try:
             if not uses_external_data(tensor):
                 return numpy_helper.to_array(tensor)
-            return None if self.folder is None else self._external(tensor, self.folder)
+            return self._external(tensor, self.folder) if self.folder else None
         except (OSError, TypeError, ValueError, KeyError):
             return None
 
     def _external(self, tensor: TensorProto, folder: Path) -> NDArray[Any] | None:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        size = int(np.prod(tensor.dims, dtype=np.int64)) * dtype.itemsize
+        size = math.prod(tensor.dims) * dtype.itemsize
         info = ExternalDataInfo(tensor)
-        if size > MAX_CONSTANT_BYTES or (info.length is not None and info.length != size):
+        if size > MAX_CONSTANT_BYTES or info.length not in (None, size):
             return None
         with (folder / info.location).open("rb") as file:
             file.seek(info.offset or 0)
@@ -123,10 +124,10 @@ class Expressions:
 
     def _adds_nothing(self, node: NodeProto) -> bool:
         """Whether a node adds a tensor of −0 in a computed shape to its first operand: x + (−0) is x for every x."""
-        filled = self._producer.get(node.input[1])
+        filled = self._producer.get(node.input[1]) if len(node.input) == 2 else None
         if filled is None or filled.op_type != "ConstantOfShape" or filled.domain not in DEFAULT_DOMAINS:
             return False
-        values = [numpy_helper.to_array(attribute.t) for attribute in filled.attribute]
+        values = [value for value in map(_tensor_attribute, filled.attribute) if value is not None]
         return len(values) == 1 and bool(np.all((values[0] == 0) & np.signbit(values[0])))
 
     def _digest(self, tensor: str, leaves: Leaves, known: dict[str, str], depth: int) -> str:
@@ -174,27 +175,38 @@ class Expressions:
         if len(node.attribute) != 1:
             return None
         attribute = node.attribute[0]
-        try:
-            if attribute.name == "value":
-                return numpy_helper.to_array(attribute.t)
-            if attribute.name in ("value_int", "value_ints"):
-                return np.array(onnx.helper.get_attribute_value(attribute), dtype=np.int64)
-            if attribute.name in ("value_float", "value_floats"):
-                return np.array(onnx.helper.get_attribute_value(attribute), dtype=np.float32)
-        except (TypeError, ValueError):
-            return None
+        if attribute.name == "value":
+            return _tensor_attribute(attribute)
+        if attribute.name in ("value_int", "value_ints"):
+            return np.array(onnx.helper.get_attribute_value(attribute), dtype=np.int64)
+        if attribute.name in ("value_float", "value_floats"):
+            return np.array(onnx.helper.get_attribute_value(attribute), dtype=np.float32)
         return None
 
 
 def digest_of(values: NDArray[Any]) -> str:
     """The digest of a constant: type, shape and values to the bit."""
-    return _hash("constant", str(values.dtype), str(values.shape), hashlib.sha256(values.tobytes()).hexdigest())
+    return _hash(
+        "constant", str(values.dtype), str(values.shape), hashlib.sha256(values.tobytes()).hexdigest()
+    )
 
 
 def _attribute(attribute: AttributeProto) -> str:
+    if (values := _tensor_attribute(attribute)) is not None:
+        return digest_of(values)
     if attribute.type == AttributeProto.TENSOR:
-        return digest_of(numpy_helper.to_array(attribute.t))
+        return attribute.SerializeToString(deterministic=True).hex()
     return str(onnx.helper.get_attribute_value(attribute))
+
+
+def _tensor_attribute(attribute: AttributeProto) -> NDArray[Any] | None:
+    """The values of a tensor attribute; None for other kinds, and where they are damaged or lie elsewhere."""
+    if attribute.type != AttributeProto.TENSOR or uses_external_data(attribute.t):
+        return None
+    try:
+        return numpy_helper.to_array(attribute.t)
+    except (TypeError, ValueError, KeyError):
+        return None
 
 
 def _default_attributes(op_type: str, domain: str, opset: int) -> dict[str, str]:

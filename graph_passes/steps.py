@@ -118,7 +118,7 @@ class SteppedGraph:
             if node.op_type not in SHAPE_OPS:
                 for name in reads(node):
                     found |= values.get(name, 0)
-            if node.op_type.startswith("Gather") and ranks.get(node.input[0], 0) > 1:
+            if node.op_type.startswith("Gather") and any(ranks.get(name, 0) > 1 for name in node.input[:1]):
                 found |= lookup  # an embedding of positions or token types is the stream's own
             values |= {name: found for name in node.output if name}
         return values
@@ -171,8 +171,10 @@ def _nameless(model: ModelProto) -> ModelProto:
 
 
 def _rename(graph: GraphProto) -> None:
-    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+    for value in (*graph.input, *graph.output, *graph.value_info):
         value.name = _free(value.name)
+    for tensor in graph.initializer:
+        tensor.name = _free(tensor.name)
     for node in graph.node:
         node.name = _free(node.name)
         del node.metadata_props[:]
@@ -198,7 +200,9 @@ def _read_first_of_equals(graph: GraphProto) -> None:
         key = (node.domain, node.op_type, *operands, *attributes)
         other = first.setdefault(key, node)
         if other is not node and len(other.output) == len(node.output):
-            same |= {name: kept for name, kept in zip(node.output, other.output, strict=True) if name and kept}
+            same |= {
+                name: kept for name, kept in zip(node.output, other.output, strict=True) if name and kept
+            }
 
 
 def _free(name: str) -> str:

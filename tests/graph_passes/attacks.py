@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +22,12 @@ def renamed(model: onnx.ModelProto, *, seed: int = 0) -> onnx.ModelProto:
     """Every node and tensor under a random name, but for the graph's inputs and outputs; no metadata, no types."""
     model = copied(model)
     kept = {value.name for value in (*model.graph.input, *model.graph.output)}
-    generator, names = random.Random(seed), dict[str, str]()
+    generator, names = np.random.default_rng(seed), dict[str, str]()
 
     def new(name: str) -> str:
         if not name or name in kept:
             return name
-        return names.setdefault(name, f"t{generator.getrandbits(64):x}")
+        return names.setdefault(name, f"t{generator.integers(2**63):x}")
 
     def rename(graph: onnx.GraphProto, *, inner: bool) -> None:
         for tensor in graph.initializer:
@@ -38,7 +37,7 @@ def renamed(model: onnx.ModelProto, *, seed: int = 0) -> onnx.ModelProto:
         for value in graph.output if inner else ():
             value.name = new(value.name)
         for node in graph.node:
-            node.name = f"n{generator.getrandbits(64):x}"
+            node.name = f"n{generator.integers(2**63):x}"
             del node.metadata_props[:]
             for fields in (node.input, node.output):
                 for position, name in enumerate(fields):

@@ -97,9 +97,7 @@ def test_every_kind_of_decoder_is_audited(
     plan = SteeringPlan(HAND_WIDTH, HAND_LAYERS, tuple(edits))
     last_from = LastFrom.ATTENTION_MASK if variant.mask else LastFrom.SEQUENCE
     inputs = SteeringInputs(last_from, strength=strength)
-    assert_present(
-        audit_model(attacks.renamed(patch_model(proto, plan, inputs=inputs).model), plan), plan
-    )
+    assert_present(audit_model(attacks.renamed(patch_model(proto, plan, inputs=inputs).model), plan), plan)
 
 
 @pytest.mark.parametrize("opset", [13, 18])
@@ -143,14 +141,18 @@ def test_a_graph_that_onnx_runtime_optimised_is_still_read(name: str, level: str
     optimised = attacks.optimised(steered, tmp_path, level)
     assert [node.name for node in optimised.graph.node] != [node.name for node in steered.graph.node]
     assert_present(audit_model(optimised, plan), plan)
-    other = dataclasses.replace(plan, edits=(*plan.edits[:-1], dataclasses.replace(plan.edits[-1], strength=1.0)))
+    other = dataclasses.replace(
+        plan, edits=(*plan.edits[:-1], dataclasses.replace(plan.edits[-1], strength=1.0))
+    )
     assert found(audit_model(optimised, other)) == [PRESENT] * (len(plan.edits) - 1) + [ALTERED]
 
 
 def test_an_edit_that_an_optimiser_folded_into_a_bias_is_not_called_present(tmp_path: Path) -> None:
     """`b + v` as one constant could be any bias: nobody can tell it from the model's own."""
     _, proto = hand_decoder(Variant(), tmp_path / "model.onnx")
-    plan = SteeringPlan(HAND_WIDTH, HAND_LAYERS, (Add(1, random_vector(16, seed=1), positions=Positions.ALL),))
+    plan = SteeringPlan(
+        HAND_WIDTH, HAND_LAYERS, (Add(1, random_vector(16, seed=1), positions=Positions.ALL),)
+    )
     result = patch_model(proto, plan)
     assert result.edits[0].form is Form.PROJECTION_BIAS
     assert_present(audit_model(attacks.renamed(result.model), plan), plan)
@@ -165,7 +167,9 @@ def test_constants_are_read_from_external_data(tmp_path: Path) -> None:
     plan = SteeringPlan(HAND_WIDTH, HAND_LAYERS, tuple(edits))
     steered = patch_model(proto, plan).model
     vector = attacks.initializer(steered, "sarsteer.0.block_input.add.0.vector").raw_data
-    onnx.save(steered, tmp_path / "steered.onnx", save_as_external_data=True, location="data", size_threshold=0)
+    onnx.save(
+        steered, tmp_path / "steered.onnx", save_as_external_data=True, location="data", size_threshold=0
+    )
     outside = onnx.load(tmp_path / "steered.onnx", load_external_data=False)
     assert_present(audit_model(outside, plan, folder=tmp_path), plan)
     data = (tmp_path / "data").read_bytes()
@@ -209,7 +213,9 @@ class Steered:
 
 
 def three_edits(positions: Positions = Positions.LAST) -> list[Edit]:
-    return [Add(layer, random_vector(HAND_WIDTH, seed=layer), positions=positions) for layer in range(HAND_LAYERS)]
+    return [
+        Add(layer, random_vector(HAND_WIDTH, seed=layer), positions=positions) for layer in range(HAND_LAYERS)
+    ]
 
 
 def steer(
@@ -375,7 +381,9 @@ def test_a_mask_read_from_another_input_of_the_same_kind(steered: Steered, hidde
 
 
 @pytest.mark.parametrize("strength", list(StrengthInput))
-def test_a_strength_that_is_0_where_none_is_fed(strength: StrengthInput, tmp_path: Path, hidden: Attack) -> None:
+def test_a_strength_that_is_0_where_none_is_fed(
+    strength: StrengthInput, tmp_path: Path, hidden: Attack
+) -> None:
     steered = steer(tmp_path, three_edits(), SteeringInputs(strength=strength))
     zeros = np.zeros_like(numpy_helper.to_array(attacks.initializer(steered.model, STRENGTH_INPUT)))
     report = audited(steered, hidden(attacks.with_values(steered.model, STRENGTH_INPUT, zeros)))
@@ -450,7 +458,9 @@ def test_another_plan_and_a_plan_of_fewer_edits(steered: Steered, hidden: Attack
     assert found(report) == [PRESENT, PRESENT]
     assert not report.passed
     assert "stands at the output of block 2, which no edit of the plan has" in report.unexpected[0]
-    moved = dataclasses.replace(steered.plan, edits=(*steered.plan.edits[:2], dataclasses.replace(others[0], layer=1)))
+    moved = dataclasses.replace(
+        steered.plan, edits=(*steered.plan.edits[:2], dataclasses.replace(others[0], layer=1))
+    )
     assert not audit_model(hidden(steered.model), moved).passed
 
 
