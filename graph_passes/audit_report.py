@@ -69,7 +69,7 @@ class AuditReport:
     def passed(self) -> bool:
         """Whether every edit is present and nothing else was found; without a plan, whether anything stands there."""
         if self.plan_sha256 is None:
-            return bool(self.steps) and not self.unexpected
+            return (bool(self.steps) or self.on_paper) and not self.unexpected
         return (
             (bool(self.edits) or self.on_paper)
             and not self.unexpected
@@ -97,7 +97,7 @@ class AuditReport:
             f"{edit.detail}"
             for edit in self.edits
         ]
-        if self.plan_sha256 is None:
+        if self.plan_sha256 is None and not self.on_paper:
             lines += [
                 f"{step.place:24} {step.what}, at {step.node}{_in(step.scope)}" for step in self.steps
             ] or ["no steering stands on the residual stream"]

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from calibration.errors import SarsteerError
     from calibration.plan import Add, Positions, Project, Site, SteeringPlan
     from calibration.steered import steered
+    from graph_passes.audit_report import AuditReport
+    from sarsteer_export.auditing import audit
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.engine_build import EngineSettings, build_engines
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Add": "calibration.plan",
+    "AuditReport": "graph_passes.audit_report",
     "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
@@ -38,6 +41,7 @@ _HOMES = {
     "Site": "calibration.plan",
     "SteeringPlan": "calibration.plan",
     "SteeringSettings": "calibration.directions",
+    "audit": "sarsteer_export.auditing",
     "build": "sarsteer_export.pipeline",
     "build_engines": "sarsteer_export.engine_build",
     "calibrate": "calibration.calibrate",
@@ -51,6 +55,7 @@ _HOMES = {
 
 __all__ = [
     "Add",
+    "AuditReport",
     "BuildSettings",
     "Bundle",
     "CalibrationSettings",
@@ -62,6 +67,7 @@ __all__ = [
     "Site",
     "SteeringPlan",
     "SteeringSettings",
+    "audit",
     "build",
     "build_engines",
     "calibrate",

@@ -17,6 +17,7 @@ DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     "benchmarks/README.md",
+    "docs/audit.md",
     "docs/bundle.md",
     "docs/engines.md",
     "docs/gpu.md",
