@@ -10,6 +10,7 @@ What no comparison with a plan can tell is whether the model's own weights, bias
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from graph_passes.selection import (
     share,
 )
 from graph_passes.steps import Step, SteppedGraph, shown
-from graph_passes.wiring import past
+from graph_passes.wiring import odd_sums, past, sums_between
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -139,6 +140,8 @@ class _ScopeAudit:
             self._expected = self._lowered(self._plan, self._inputs)
         for stage in self._stages:
             self._compare(stage, numbers.get(stage.tensor, []))
+        for step in self._inside_steps():
+            self._unexpected.append(f"{step.what} stands {step.place}, where no edit can ({step.node})")
         self._check_defaults()
         return AuditReport(
             edits=self._edits(),
@@ -264,9 +267,8 @@ class _ScopeAudit:
         return chains or [[]]
 
     def _signed(self, step: Step) -> _Signature:
-        return _signature(
-            self._graph.expressions, step.node.op_type, step.hidden, step.change, self._stream_tensors
-        )
+        op = step.node.op_type if step.is_straight else f"{step.node.op_type} to a view"
+        return _signature(self._graph.expressions, op, step.hidden, step.change, self._stream_tensors)
 
     def _found_steps(self) -> list[FoundStep]:
         found = []
@@ -277,7 +279,29 @@ class _ScopeAudit:
                     seen.add(step.output)
                     what, node = _words(self._signed(step)), shown(describe(step.node))
                     found.append(FoundStep(stage.place, what, node, self._scope))
-        return found
+        return [*found, *self._inside_steps()]
+
+    def _inside_steps(self) -> list[FoundStep]:
+        """What is done to the stream between its blocks' ends, besides the blocks' own residual adds."""
+        found = []
+        for before, after in pairwise(self._stages):
+            if after.place == _FINAL_NORM:
+                continue
+            place = f"inside block {before.depth}"
+            starts = {before.tensor} | {
+                step.output for chain in self._chains(before.tensor) for step in chain
+            }
+            sums = sums_between(self._graph, starts, after.tensor)
+            for tensor in sorted(sums - starts - {after.tensor}):
+                for step in self._graph.after.get(self._graph.expressions.root(tensor), []):
+                    if not step.is_own_bias:
+                        what = _words(self._signed(step))
+                        found.append(FoundStep(place, what, shown(describe(step.node)), self._scope))
+            found += [
+                FoundStep(place, "an addition that is no residual add", shown(describe(node)), self._scope)
+                for node in odd_sums(self._graph, starts | sums - {after.tensor}, sums)
+            ]
+        return list(dict.fromkeys(found))
 
     def _is_own(self, step: Step, stage: _Stage) -> bool:
         """Whether a step may be the model's: the bias of a fused norm or of a norm that subtracts its mean.
@@ -564,5 +588,5 @@ def _words(signature: _Signature) -> str:
         f"{list(values.shape)} of norm {np.linalg.norm(values.astype(np.float64)):.4g}"
         for values in signature.constants
     )
-    kind = "an addition" if signature.op == "Add" else "a projection"
+    kind = "an addition" if signature.op.startswith("Add") else "a subtraction"
     return f"{kind} of constants {norms}" if norms else f"{kind} without constants"

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 COMMUTATIVE_OPS = frozenset({"Add", "And", "Equal", "Max", "Min", "Mul", "Or"})
 DEFAULT_DOMAINS = frozenset({"", "ai.onnx"})
 SHAPE_OPS = frozenset({"Shape", "Size"})
-"""What reads a tensor's shape and none of its values."""
 STREAM_SHAPE = "shape of the stream"
 MAX_DEPTH = 200
 """Steering is a few dozen operators deep; what lies deeper is told apart by its name."""
@@ -109,7 +108,7 @@ class Expressions:
             seen.add(name)
             node = self._producer.get(name)
             if node is not None and node.op_type != "Constant":
-                stack += [] if node.op_type in SHAPE_OPS else [each for each in node.input if each]
+                stack += [] if reads_shape_only(node) else [each for each in node.input if each]
             elif (values := self._values(name, node)) is not None and values.ndim and _is_float(values):
                 found.append(values)
         return found
@@ -147,7 +146,7 @@ class Expressions:
             return _hash("unread", tensor) if values is None else digest_of(values)
         if depth > MAX_DEPTH or subgraphs(node):
             return _hash("unread", tensor)
-        if node.op_type in SHAPE_OPS:
+        if reads_shape_only(node):
             return _hash(*self._operator(node, tensor), self._shape(node.input[0], leaves))
         operands = [self._digest(name, leaves, known, depth + 1) if name else "" for name in node.input]
         if node.op_type in COMMUTATIVE_OPS and node.domain in DEFAULT_DOMAINS:
@@ -182,6 +181,11 @@ class Expressions:
         if attribute.name in ("value_float", "value_floats"):
             return np.array(onnx.helper.get_attribute_value(attribute), dtype=np.float32)
         return None
+
+
+def reads_shape_only(node: NodeProto) -> bool:
+    """Whether the values of what a node reads do not matter to it."""
+    return node.op_type in SHAPE_OPS and node.domain in DEFAULT_DOMAINS
 
 
 def digest_of(values: NDArray[Any]) -> str:

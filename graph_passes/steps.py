@@ -1,6 +1,6 @@
 """What is done to the residual stream besides its residual adds, told by structure alone.
 
-A *step* takes the stream and gives the stream: `h + t`, where `t` knows nothing of the tokens (constants, masks, graph
+A *step* takes the stream and gives the stream: `h ± t`, where `t` knows nothing of the tokens (constants, masks, graph
 inputs that steer), or `h − d(h)`, where `d` is computed from `h` alone by way of a matrix product. Steering consists of
 such steps; so do biases of projections and of norms, which stand elsewhere. Without its steps a graph has the stream
 of the unsteered decoder, however its nodes and tensors are called.
@@ -8,23 +8,48 @@ of the unsteered decoder, however its nodes and tensors are called.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from onnx import GraphProto, ModelProto, NodeProto
 
-from graph_passes.expressions import COMMUTATIVE_OPS, SHAPE_OPS, Constants, Expressions
+from graph_passes.expressions import (
+    COMMUTATIVE_OPS,
+    DEFAULT_DOMAINS,
+    Constants,
+    Expressions,
+    reads_shape_only,
+)
 from graph_passes.fused_norms import ADDED_KEY, split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, reads, subgraphs
 from graph_passes.names import STEERING_PREFIX
 from graph_passes.residual_stream import cache_inputs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 CONTENT_INPUTS = ("inputs_embeds", "input_ids")
 """Graph inputs that hold the tokens."""
 OTHER_INPUTS = frozenset({"attention_mask", "position_ids"})
+VIEWS = frozenset(
+    {
+        "Cast",
+        "Div",
+        "Dropout",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "GatherND",
+        "Mul",
+        "Neg",
+        "Reshape",
+        "Slice",
+        "Squeeze",
+    }
+    | {"Tile", "Transpose", "Unsqueeze"}
+)
+"""What keeps a stream a stream where its other operands do not depend on the tokens; a step may hide behind it."""
 FREE_PREFIX = "free."
 """Stands before names that begin as those of steering do, so that nothing is read from them."""
 DEFAULTS_IR_VERSION = 4
@@ -33,12 +58,16 @@ DEFAULTS_IR_VERSION = 4
 
 @dataclass(frozen=True)
 class Step:
-    """`output` = `hidden` + `change`, or `hidden` − `change` where the node subtracts."""
+    """`output` = `hidden` + `change`, or `hidden` − `change` where the node subtracts.
+
+    `is_straight`: `hidden` is the stream tensor it is filed under, not something rescaled, cast or selected of that.
+    """
 
     node: NodeProto
     hidden: str
     change: str
     output: str
+    is_straight: bool = True
 
     @property
     def is_own_bias(self) -> bool:
@@ -68,12 +97,19 @@ class SteppedGraph:
         self.expressions = Expressions(self.index.nodes, constants, self.inputs, opset)
         self.content = self._content_inputs()
         self.values = self._values()
-        self.after: dict[str, list[Step]] = {}
         self.by_output: dict[str, Step] = {}
+        self._inside: set[str] = set()
         for node in self.index.nodes:
             if (step := self._step(node)) is not None:
-                self.after.setdefault(self.expressions.root(step.hidden), []).append(step)
                 self.by_output[step.output] = step
+        for output in self._inside & self.by_output.keys():
+            if self._only_read_inside(output):
+                del self.by_output[output]
+        self.after: dict[str, list[Step]] = {}
+        for step in self.by_output.values():
+            for number, base in enumerate(self._bases(step.hidden)):
+                filed = step if number == 0 else replace(step, is_straight=False)
+                self.after.setdefault(base, []).append(filed)
 
     def carries(self, tensor: str) -> bool:
         """Whether the values of a tensor depend on the tokens."""
@@ -115,7 +151,7 @@ class SteppedGraph:
         }
         for node in self.index.nodes:
             found = 0
-            if node.op_type not in SHAPE_OPS:
+            if not reads_shape_only(node):
                 for name in reads(node):
                     found |= values.get(name, 0)
             if node.op_type.startswith("Gather") and any(ranks.get(name, 0) > 1 for name in node.input[:1]):
@@ -124,18 +160,34 @@ class SteppedGraph:
         return values
 
     def _step(self, node: NodeProto) -> Step | None:
-        if node.op_type not in ("Add", "Sub") or len(node.input) != 2:
+        if node.op_type not in ("Add", "Sub") or node.domain not in DEFAULT_DOMAINS or len(node.input) != 2:
             return None
         if self.expressions.root(node.output[0]) != node.output[0]:
             return None  # it adds nothing at all
         first, second = node.input
         if node.op_type == "Sub":
-            local = self.carries(first) and self._is_projection(second, first)
+            local = self.carries(first) and (not self.carries(second) or self._is_projection(second, first))
             return Step(node, first, second, node.output[0]) if local else None
         if self.carries(first) is self.carries(second):
             return None
         hidden, change = (first, second) if self.carries(first) else (second, first)
         return Step(node, hidden, change, node.output[0])
+
+    def _bases(self, hidden: str) -> Iterator[str]:
+        """`hidden`, and what it was made of by casts, scales, selections and other views alone."""
+        tensor = self.expressions.root(hidden)
+        yield tensor
+        while (node := self.index.producer_of(tensor)) is not None and node.op_type in VIEWS:
+            carrying = [name for name in node.input if name and self.carries(name)]
+            if len(carrying) != 1:
+                return
+            tensor = self.expressions.root(carrying[0])
+            yield tensor
+
+    def _only_read_inside(self, tensor: str) -> bool:
+        """Whether all readers of a tensor compute the change of a projection."""
+        readers = [self.index.nodes[position] for position in self.index.consumers[tensor]]
+        return all(set(filter(None, reader.output)) <= self._inside for reader in readers)
 
     def _is_projection(self, change: str, hidden: str) -> bool:
         """Whether `change` is computed from `hidden` and from what knows nothing of the tokens, by a matrix product."""
@@ -152,13 +204,15 @@ class SteppedGraph:
                 return False
             node = self.index.nodes[position]
             found |= node.op_type in MATMUL_OPS
-            stack += reads(node) if node.op_type not in SHAPE_OPS else []
+            stack += [] if reads_shape_only(node) else reads(node)
+        if found:
+            self._inside |= seen
         return found
 
 
-def shown(name: str) -> str:
-    """A name as the file has it."""
-    return name.removeprefix(FREE_PREFIX)
+def shown(text: str) -> str:
+    """Names in a text as the file has them."""
+    return text.replace(FREE_PREFIX + STEERING_PREFIX, STEERING_PREFIX)
 
 
 def _nameless(model: ModelProto) -> ModelProto:

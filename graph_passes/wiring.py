@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from graph_passes.expressions import SHAPE_OPS
+from graph_passes.expressions import reads_shape_only
 from graph_passes.graph_index import describe, reads
 from graph_passes.residual_stream import cache_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
+
+    from onnx import NodeProto
 
     from graph_passes.residual_stream import ResidualStream
     from graph_passes.steps import SteppedGraph
+
+SUM_OPS = frozenset({"Add", "Cast", "Identity"})
 
 
 def past(graph: SteppedGraph, stream: ResidualStream, natural: str, end: str, depth: int) -> str | None:
@@ -27,6 +31,39 @@ def past(graph: SteppedGraph, stream: ResidualStream, natural: str, end: str, de
     if not start & blocked and (reader := _forward(graph, start, blocked)) is not None:
         return reader
     return _backward(graph, _outputs_behind(graph, stream, depth), blocked)
+
+
+def sums_between(graph: SteppedGraph, starts: Collection[str], end: str) -> set[str]:
+    """The sums on the way from tensors of the stream to a later one that leads over additions alone."""
+    ahead, stack = set(starts), list(starts)
+    while stack:
+        for position in graph.index.consumers[stack.pop()]:
+            node = graph.index.nodes[position]
+            if node.op_type in SUM_OPS and node.output[0] not in ahead:
+                ahead.add(node.output[0])
+                stack.append(node.output[0])
+    behind, stack = {end}, [end]
+    while stack:
+        tensor = stack.pop()
+        made_by = graph.index.producer_of(tensor)
+        if made_by is not None and made_by.op_type in SUM_OPS and tensor not in starts:
+            stack += [name for name in made_by.input if name not in behind]
+            behind.update(made_by.input)
+    return ahead & behind
+
+
+def odd_sums(graph: SteppedGraph, tensors: Collection[str], sums: Collection[str]) -> list[NodeProto]:
+    """Additions to tensors of the stream that are neither steps nor among its `sums`."""
+    found = []
+    for tensor in sorted(tensors):
+        for position in graph.index.consumers[tensor]:
+            node = graph.index.nodes[position]
+            odd = (
+                node.op_type == "Add" and node.output[0] not in sums and node.output[0] not in graph.by_output
+            )
+            if odd and graph.expressions.root(node.output[0]) == node.output[0]:
+                found.append(node)
+    return found
 
 
 def _same(graph: SteppedGraph, tensor: str) -> set[str]:
@@ -48,7 +85,7 @@ def _forward(graph: SteppedGraph, start: set[str], blocked: set[str]) -> str | N
     for name in sorted(start):
         for position in graph.index.consumers[name]:
             node = graph.index.nodes[position]
-            if node.op_type in SHAPE_OPS or blocked.issuperset(filter(None, node.output)):
+            if reads_shape_only(node) or blocked.issuperset(filter(None, node.output)):
                 continue
             if needed >> position & 1:
                 return f"{describe(node)} reads the unsteered tensor"
@@ -77,7 +114,7 @@ def _upstream(graph: SteppedGraph, tensors: Iterable[str], blocked: set[str]) ->
             continue
         nodes |= 1 << position
         node = graph.index.nodes[position]
-        if node.op_type not in SHAPE_OPS:
+        if not reads_shape_only(node):
             stack += [each for each in reads(node) if each not in blocked]
     return nodes, names
 

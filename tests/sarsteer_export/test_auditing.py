@@ -96,7 +96,7 @@ def test_an_unsteered_file_misses_every_edit(made: Files) -> None:
 def test_without_a_plan_what_stands_there_is_listed(made: Files) -> None:
     text = answered(sarsteer("audit", made.steered))
     assert f"{'output of block 0':24} an addition of constants" in text
-    assert f"{'output of block 1':24} a projection of constants" in text
+    assert f"{'output of block 1':24} a subtraction of constants" in text
     assert f"the file says that it is steered by plan {THREE.digest()[:12]}" in text
     result = sarsteer("audit", made.decoder)
     assert result.exit_code == 6
