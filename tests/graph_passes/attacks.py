@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from graph_passes.graph_index import reads, subgraphs
 
@@ -116,14 +116,6 @@ def without_edit(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
     return model
 
 
-def followed_by(model: onnx.ModelProto, tensor: str, op: str, operand: str) -> onnx.ModelProto:
-    """Readers of `tensor` read `op(tensor, operand)` instead."""
-    model = rewired(model, tensor, "behind")
-    position = next(at for at, node in enumerate(model.graph.node) if tensor in node.output)
-    model.graph.node.insert(position + 1, helper.make_node(op, [tensor, operand], ["behind"]))
-    return model
-
-
 def with_constant(model: onnx.ModelProto, name: str, values: np.ndarray) -> onnx.ModelProto:
     model = copied(model)
     model.graph.initializer.append(numpy_helper.from_array(values, name))
@@ -135,4 +127,15 @@ def with_node(model: onnx.ModelProto, before: str, node: onnx.NodeProto) -> onnx
     model = copied(model)
     position = next(at for at, each in enumerate(model.graph.node) if before in each.input)
     model.graph.node.insert(position, node)
+    return model
+
+
+def inserted(
+    model: onnx.ModelProto, tensor: str, nodes: list[onnx.NodeProto], *, only: str | None = None
+) -> onnx.ModelProto:
+    """Nodes behind what computes `tensor`; whoever read that, or those of an operator, reads what the last computes."""
+    model = rewired(model, tensor, nodes[-1].output[0], only=only)
+    position = next(at for at, node in enumerate(model.graph.node) if tensor in node.output)
+    for node in reversed(nodes):
+        model.graph.node.insert(position + 1, node)
     return model

@@ -82,11 +82,8 @@ def test_one_edit_alone_is_present_in_its_cheapest_form(
     assert_present(audit_model(attacks.renamed(steered), plan, folder=any_decoder.path.parent), plan)
 
 
-@pytest.mark.parametrize("strength", [None, *StrengthInput])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_every_kind_of_decoder_is_audited(
-    variant: Variant, strength: StrengthInput | None, tmp_path: Path
-) -> None:
+def test_every_kind_of_decoder_is_audited(variant: Variant, tmp_path: Path) -> None:
     _, proto = hand_decoder(variant, tmp_path / "model.onnx")
     edits = edits_of_every_kind(width=HAND_WIDTH, layers=HAND_LAYERS)
     for op in ("add", "project"):
@@ -96,8 +93,9 @@ def test_every_kind_of_decoder_is_audited(
         ]
     plan = SteeringPlan(HAND_WIDTH, HAND_LAYERS, tuple(edits))
     last_from = LastFrom.ATTENTION_MASK if variant.mask else LastFrom.SEQUENCE
-    inputs = SteeringInputs(last_from, strength=strength)
-    assert_present(audit_model(attacks.renamed(patch_model(proto, plan, inputs=inputs).model), plan), plan)
+    for strength in (None, *StrengthInput):
+        steered = patch_model(proto, plan, inputs=SteeringInputs(last_from, strength=strength)).model
+        assert_present(audit_model(attacks.renamed(steered), plan), plan)
 
 
 @pytest.mark.parametrize("opset", [13, 18])
@@ -202,14 +200,11 @@ VECTOR = "sarsteer.{}.block_output.add.0.vector"
 
 @dataclasses.dataclass(frozen=True)
 class Steered:
-    """A graph with an addition behind every block, and an added and a projected edit in one place."""
+    """A steered graph, whose plan it holds, and the tensors behind its blocks."""
 
     plan: SteeringPlan
     model: onnx.ModelProto
     outputs: tuple[str, ...]
-
-    def edit_at(self, layer: int) -> str:
-        return self.outputs[layer]
 
 
 def three_edits(positions: Positions = Positions.LAST) -> list[Edit]:
@@ -221,7 +216,7 @@ def three_edits(positions: Positions = Positions.LAST) -> list[Edit]:
 def steer(
     folder: Path, edits: list[Edit], inputs: SteeringInputs | None = None, variant: Variant | None = None
 ) -> Steered:
-    _, proto = hand_decoder(variant or Variant(), folder / "model.onnx")
+    _, proto = hand_decoder(variant or Variant(norm="layer"), folder / "model.onnx")
     plan = SteeringPlan(HAND_WIDTH, HAND_LAYERS, tuple(edits))
     outputs = tuple(block.output for block in find_residual_stream(proto).blocks)
     steered = patch_model(proto, plan, inputs=inputs or SteeringInputs()).model
@@ -328,8 +323,8 @@ def test_an_addition_that_cancels_the_edit(steered: Steered, hidden: Attack) -> 
     model = attacks.with_constant(steered.model, "opposite", opposite)
     select = next(n for n in model.graph.node if n.name == "sarsteer.1.block_output.add.0.select")
     where = helper.make_node("Where", [select.input[0], "opposite", select.input[2]], ["cancel"])
-    model = attacks.with_node(model, select.output[0], where)
-    model = attacks.followed_by(model, steered.outputs[1], "Add", "cancel")
+    cancel = helper.make_node("Add", [steered.outputs[1], "cancel"], ["behind"])
+    model = attacks.inserted(model, steered.outputs[1], [where, cancel])
     report = audited(steered, hidden(model))
     assert found(report) == [PRESENT, ALTERED, PRESENT]
     assert "which no edit of the plan has" in report.edits[1].detail
@@ -339,16 +334,84 @@ def test_an_addition_that_cancels_the_edit_for_the_norm_alone(steered: Steered, 
     tensor = steered.outputs[1]
     opposite = -steered.plan.edits[1].tensors()["vector"]
     model = attacks.with_constant(steered.model, "opposite", opposite)
-    model = attacks.with_node(model, tensor, helper.make_node("Add", [tensor, "opposite"], ["behind"]))
     norm = next(n for n in attacks.readers(model, tensor) if n.op_type != "Add").op_type
-    report = audited(steered, hidden(attacks.rewired(model, tensor, "behind", only=norm)))
+    more = [helper.make_node("Add", [tensor, "opposite"], ["behind"])]
+    report = audited(steered, hidden(attacks.inserted(model, tensor, more, only=norm)))
     assert found(report) == [PRESENT, ALTERED, PRESENT]
+
+
+@pytest.mark.parametrize("op", ["Add", "Sub"])
+@pytest.mark.parametrize("view", ["Cast", "Mul", "Unsqueeze"])
+@pytest.mark.parametrize("only_norm", [False, True], ids=["for everybody", "for the norm"])
+def test_an_addition_that_hides_behind_a_view(
+    steered: Steered, hidden: Attack, view: str, op: str, only_norm: bool
+) -> None:
+    """The stream is cast, scaled by 1 or reshaped first; where that cuts the stream, no decoder is found any more."""
+    tensor = steered.outputs[1]
+    vector = steered.plan.edits[1].tensors()["vector"]
+    model = attacks.with_constant(steered.model, "opposite", -vector if op == "Add" else vector)
+    model = attacks.with_constant(model, "one", np.ones((), dtype=np.float32))
+    model = attacks.with_constant(model, "axis", np.array([3], dtype=np.int64))
+    norm = next(n for n in attacks.readers(model, tensor) if n.op_type != "Add").op_type
+    nodes = {
+        "Cast": [helper.make_node("Cast", [tensor], ["view"], to=TensorProto.FLOAT)],
+        "Mul": [helper.make_node("Mul", ["one", tensor], ["view"])],
+        "Unsqueeze": [
+            helper.make_node("Unsqueeze", [tensor, "axis"], ["viewed"]),
+            helper.make_node("Squeeze", ["viewed", "axis"], ["view"]),
+        ],
+    }[view]
+    nodes.append(helper.make_node(op, ["view", "opposite"], ["behind"]))
+    model = attacks.inserted(model, tensor, nodes, only=norm if only_norm else None)
+    if view != "Cast" and not only_norm:
+        with pytest.raises(SiteNotFoundError):
+            audit_model(hidden(model), steered.plan)
+        return
+    assert found(audited(steered, hidden(model))) == [PRESENT, ALTERED, PRESENT]
+
+
+@pytest.mark.parametrize("only_norm", [False, True], ids=["for everybody", "for the norm"])
+def test_an_addition_inside_a_block(steered: Steered, hidden: Attack, only_norm: bool) -> None:
+    """Between attention and MLP there is no site; what cancels the edit of the block before stands there unseen."""
+    attended = next(
+        n.output[0] for n in steered.model.graph.node if n.op_type == "Add" and steered.outputs[1] in n.input
+    )
+    model = attacks.with_constant(steered.model, "opposite", -steered.plan.edits[1].tensors()["vector"])
+    norm = next(n for n in attacks.readers(model, attended) if n.op_type != "Add").op_type
+    more = [helper.make_node("Add", [attended, "opposite"], ["behind"])]
+    model = attacks.inserted(model, attended, more, only=norm if only_norm else None)
+    report = audited(steered, hidden(model))
+    assert found(report) == [PRESENT] * 3
+    assert "stands inside block 2, where no edit can" in report.unexpected[0]
+
+
+def test_an_addition_that_depends_on_the_tokens(steered: Steered, hidden: Attack) -> None:
+    """Neither a step nor a residual add: a vector that takes the edit back, scaled by what is always 1."""
+    tensor = steered.outputs[1]
+    model = attacks.with_constant(steered.model, "opposite", -steered.plan.edits[1].tensors()["vector"])
+    norm = next(n for n in attacks.readers(model, tensor) if n.op_type != "Add").op_type
+    always = [
+        helper.make_node("Mul", [tensor, tensor], ["square"]),
+        helper.make_node("Cos", ["square"], ["cosine"]),
+        helper.make_node("Mul", ["cosine", "opposite"], ["change"]),
+        helper.make_node("Add", [tensor, "change"], ["behind"]),
+    ]
+    model = attacks.inserted(model, tensor, always, only=norm)
+    report = audited(steered, hidden(model))
+    assert "an addition that is no residual add stands inside block 2" in report.unexpected[0]
+
+
+def test_an_addition_of_another_domain_is_no_edit(steered: Steered, hidden: Attack) -> None:
+    model = attacks.copied(steered.model)
+    next(n for n in model.graph.node if n.name == "sarsteer.1.block_output.add.0.select").domain = "custom"
+    assert found(audited(steered, hidden(model))) == [PRESENT, ALTERED, PRESENT]
 
 
 def test_an_addition_where_no_edit_is(tmp_path: Path, hidden: Attack) -> None:
     steered = steer(tmp_path, three_edits()[:1])
     model = attacks.with_constant(steered.model, "more", random_vector(HAND_WIDTH, seed=9))
-    report = audited(steered, hidden(attacks.followed_by(model, steered.outputs[1], "Add", "more")))
+    node = helper.make_node("Add", [steered.outputs[1], "more"], ["behind"])
+    report = audited(steered, hidden(attacks.inserted(model, steered.outputs[1], [node])))
     assert found(report) == [PRESENT]
     assert "stands at the output of block 1, which no edit of the plan has" in report.unexpected[0]
 
