@@ -76,7 +76,7 @@ class Step:
 
 
 class SteppedGraph:
-    """A flat decoder graph and the steps in it.
+    """A flat decoder graph and the steps in it. `sources`: for every node, the tensors whose values it reads.
 
     `model` is left as it is: read is a copy without metadata, in which names say nothing and fused norms are split.
     """
@@ -95,6 +95,7 @@ class SteppedGraph:
         }
         constants = Constants(tensors, folder)
         self.expressions = Expressions(self.index.nodes, constants, self.inputs, opset)
+        self.sources = [[] if reads_shape_only(node) else reads(node) for node in self.index.nodes]
         self.content = self._content_inputs()
         self.values = self._values()
         self.by_output: dict[str, Step] = {}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from graph_passes.expressions import reads_shape_only
-from graph_passes.graph_index import describe, reads
+from graph_passes.graph_index import describe
 from graph_passes.residual_stream import cache_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Sequence
 
     from onnx import NodeProto
 
@@ -92,13 +92,17 @@ def _forward(graph: SteppedGraph, start: set[str], blocked: set[str]) -> str | N
     return None
 
 
-def _backward(graph: SteppedGraph, outputs: Iterable[str], blocked: set[str]) -> str | None:
+def _backward(graph: SteppedGraph, outputs: Sequence[str], blocked: set[str]) -> str | None:
     """An output that depends on the tokens by another way than by `blocked`, in words."""
-    for output in outputs:
-        reached = _upstream(graph, [output], blocked)[1]
-        if any(name in reached for name in graph.content):
-            return f"{output!r} depends on the tokens by a way past the steered tensor"
-    return None
+    if not _reads_tokens(graph, outputs, blocked):
+        return None
+    odd = next(output for output in outputs if _reads_tokens(graph, [output], blocked))
+    return f"{odd!r} depends on the tokens by a way past the steered tensor"
+
+
+def _reads_tokens(graph: SteppedGraph, outputs: Iterable[str], blocked: set[str]) -> bool:
+    reached = _upstream(graph, outputs, blocked)[1]
+    return any(name in reached for name in graph.content)
 
 
 def _upstream(graph: SteppedGraph, tensors: Iterable[str], blocked: set[str]) -> tuple[int, set[str]]:
@@ -113,9 +117,7 @@ def _upstream(graph: SteppedGraph, tensors: Iterable[str], blocked: set[str]) ->
         if position is None or nodes >> position & 1:
             continue
         nodes |= 1 << position
-        node = graph.index.nodes[position]
-        if not reads_shape_only(node):
-            stack += [each for each in reads(node) if each not in blocked]
+        stack += [each for each in graph.sources[position] if each not in blocked]
     return nodes, names
 
 

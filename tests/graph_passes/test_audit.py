@@ -301,10 +301,12 @@ def test_the_unsteered_tensor_computed_again_for_the_norm(steered: Steered, hidd
     assert found(report) == [PRESENT, BYPASSED, PRESENT]
 
 
-def test_a_cache_written_from_the_unsteered_tensor(steered: Steered, hidden: Attack) -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["read", "computed again"])
+def test_a_cache_written_from_the_unsteered_tensor(steered: Steered, hidden: Attack, again: bool) -> None:
     """Attention reads the steered stream in this pass; later passes would read keys of the unsteered one."""
     model, tensor = attacks.copied(steered.model), steered.outputs[1]
-    probe = helper.make_node("ReduceMean", [f"sarsteer.unsteered.{tensor}"], ["probe"], axes=[0, 1, 2])
+    unsteered = f"sarsteer.unsteered.{tensor}"
+    probe = helper.make_node("ReduceMean", ["copy" if again else unsteered], ["probe"], axes=[0, 1, 2])
     present = next(n for n in model.graph.node if "present.2.key" in n.output)
     present.output[0] = "honest_key"
     for node in model.graph.node:
@@ -314,6 +316,10 @@ def test_a_cache_written_from_the_unsteered_tensor(steered: Steered, hidden: Att
     forged = helper.make_node("Add", ["honest_key", "probe"], ["present.2.key"])
     model.graph.node.insert(position, forged)
     model.graph.node.insert(position, probe)
+    if again:  # in another way, so that nothing but what it is computed from shows it
+        first, second = next(n for n in model.graph.node if unsteered in n.output).input
+        model.graph.node.insert(position, helper.make_node("Sub", [first, "negative"], ["copy"]))
+        model.graph.node.insert(position, helper.make_node("Neg", [second], ["negative"]))
     report = audited(steered, hidden(model))
     assert found(report) == [PRESENT, BYPASSED, PRESENT]
 
