@@ -15,8 +15,7 @@ from calibration.errors import InputError
 from calibration.plan import Positions, Site, SteeringPlan
 from engines.sidecar import BuildFacts, EngineRecord, NetworkConstant, Refit, sidecar_of
 from graph_passes.refit import plan_constants
-from sarsteer_export import audit, patch, refit
-from sarsteer_export.auditing import combined_plan
+from sarsteer_export import CombineRule, PatchSettings, audit, patch, refit
 from sarsteer_export.bundle.manifest import PLAN, STEERED_DECODER, file_sha256
 from tests.conftest import one_edit, random_vector
 from tests.decoders import HAND_LAYERS, HAND_WIDTH, Variant, hand_decoder
@@ -119,17 +118,16 @@ def test_several_plans_are_audited_as_one(made: Files, tmp_path: Path) -> None:
         (dataclasses.replace(THREE.edits[0], vector=random_vector(HAND_WIDTH, seed=9)),),
     )
     more.save(tmp_path / "more.safetensors")
-    both = combined_plan([THREE, more])
-    assert both.edits == (*THREE.edits, *more.edits)
-    patch(made.decoder, both, tmp_path / "both.onnx")
+    in_order = PatchSettings(combine=CombineRule.SEQUENCE)
+    patch(made.decoder, [THREE, more], tmp_path / "both.onnx", in_order)
     plans = ("--plan", made.plan, "--plan", tmp_path / "more.safetensors")
     answered(sarsteer("audit", tmp_path / "both.onnx", *plans))
     result = sarsteer("audit", tmp_path / "both.onnx", "--plan", made.plan)
     assert result.exit_code == 6
     assert audit(tmp_path / "both.onnx", [THREE, more]).passed
     assert not audit(made.steered, [THREE, more]).passed
-    with pytest.raises(InputError, match="expected plans for one model"):
-        combined_plan([THREE, dataclasses.replace(more, num_layers=4)])
+    with pytest.raises(InputError, match="plan 2 is for 4 blocks"):
+        audit(made.steered, [THREE, dataclasses.replace(more, num_layers=4)])
 
 
 def test_a_refitted_file_is_audited_by_its_new_plan(made: Files, tmp_path: Path) -> None:
