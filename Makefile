@@ -43,8 +43,9 @@ format: $(STAMP)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Measure what steering costs at run time, and when an engine is built
+bench: $(STAMP)  ## Measure what steering costs at run time, when a graph is patched, and when an engine is built
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/patch_scale.py
 	$(BIN)/python benchmarks/engine_build.py
 
 gpu-check: $(STAMP)  ## Prove every engine that runs on this machine; needs an NVIDIA GPU

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from machine import cpu_name
 from node_time import Spread
-from overhead import cpu_name
 from random_decoder import Settings, make_decoder, steer_decoder
 from sarsteer_export.versions import installed_versions
 

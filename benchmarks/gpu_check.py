@@ -22,8 +22,8 @@ from engines.backends import BACKENDS, CPU_BACKEND, find_backend
 from engines.limits import LIMITS
 from engines.opening import check_can_run
 from gpu_measure import of_bundle
+from machine import cpu_name
 from node_time import Spread
-from overhead import cpu_name
 from sarsteer_export import BuildSettings, CalibrationSettings, EngineSettings, SteeringSettings, build
 from sarsteer_export.bundle.manifest import PARITY_REPORT, Manifest
 from sarsteer_export.cli.command import quiet_transformers
@@ -118,7 +118,7 @@ def failures(found: dict[str, Any]) -> list[str]:
         where = f"{result['engine']}, {result['precision']}"
         if result["verdict"] not in (PASSED, UNSUPPORTED):
             lines.append(f"{where}: {result['verdict']}")
-        for part in ("refit", "latency", "throughput"):
+        for part in ("refit", "answers", "latency", "throughput"):
             measured = result.get(part, {})
             if "error" in measured or (part == "refit" and not measured.get("passed", True)):
                 lines.append(f"{where}: {part}")
@@ -174,6 +174,7 @@ def page(found: dict[str, Any]) -> str:
             lines.append(result["error"])
             continue
         lines += _refit_lines(result["refit"])
+        lines += _answer_lines(result["answers"])
         lines += _latency_lines(result["latency"])
         lines += _throughput_lines(result["throughput"])
         lines += ["", "```", result["table"], "```"]
@@ -188,6 +189,15 @@ def _refit_lines(found: dict[str, Any]) -> list[str]:
         f"Refit: {verdict}; refitted against rebuilt {found['difference']:.2g} (limit {found['limit']:.2g}), old "
         f"against new {found['told_apart']:.2g}; {found['seconds']:.2f} s instead of {found['rebuild_seconds']:.2f} s"
     ]
+
+
+def _answer_lines(found: dict[str, Any]) -> list[str]:
+    if "error" in found:
+        return ["", f"Answers: {found['error']}"]
+    lines = ["", f"Answers: {found['same']} of {found['of']} word for word those of the steered eager model"]
+    if found["same"] < found["of"]:
+        lines.append(f"(the first: {found['engine']!r}; eager: {found['eager']!r})")
+    return lines
 
 
 def _latency_lines(found: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `gpu_check.py` measures of one engine: refit, latency, tokens per second.
+"""What `gpu_check.py` measures of one engine: refit, answers, latency, tokens per second.
 
 Runners take and give arrays of the host. A step is therefore timed with the copies in and out, and is finished, the
 GPU included, when it returns.
@@ -35,11 +35,12 @@ from engines.trace import Script, record
 from graph_passes.onnx_file import read_graph
 from node_time import PHASES, WARM_UP_RUNS, Spread
 from overhead import Latency
+from sarsteer_export.behaviour import eager_answers
 from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.manifest import COMPONENTS, DECODER, EMBEDDING, PLAN, UNSTEERED_DECODER
 from sarsteer_export.exporting.components import DecoderComponent
 from sarsteer_export.parity_runtime import OnnxRuntimeParity, ParityRuntime, TensorRTParity
-from sarsteer_export.patching import patch
+from sarsteer_export.patching import PatchSettings, patch
 from sarsteer_export.refitting import refit
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calibration.lalm import Lalm
+    from calibration.requests import SpokenRequest
     from engines.backends import Backend
     from engines.runner import DecoderRunner
     from sarsteer_export.bundle.bundle import Prompts
@@ -198,7 +200,7 @@ def measure_refit(bundle: Path, decoder: Path, backend: Backend, script: Script,
         refitted = refit(decoder, plan, folder / "refitted" / decoder.name, force=True).output
         seconds = time.perf_counter() - begin
         patched = folder / "rebuilt.onnx"
-        patch(bundle / UNSTEERED_DECODER, plan, patched, force=True)
+        patch(bundle / UNSTEERED_DECODER, plan, patched, PatchSettings(force=True))
         begin = time.perf_counter()
         with runtime.graph(read_graph(patched), patched.parent) as built:
             rebuild_seconds = time.perf_counter() - begin
@@ -318,7 +320,31 @@ def of_bundle(
                 for batch in batches
             ]
 
-    return {"refit": told(refitting), "latency": told(latency), "throughput": told(throughput)}
+    def answers() -> dict[str, Any]:
+        lalm = load_lalm(model, device="cpu" if backend is CPU_BACKEND else "cuda", dtype=precision)
+        with Bundle(bundle, engine=backend.name) as opened:
+            return measure_answers(opened, lalm, plan, asked, tokens)
+
+    parts = {"refit": refitting, "answers": answers, "latency": latency, "throughput": throughput}
+    return {name: told(part) for name, part in parts.items()}
+
+
+def measure_answers(
+    bundle: Bundle, lalm: Lalm, plan: SteeringPlan, asked: Sequence[SpokenRequest], tokens: int
+) -> dict[str, Any]:
+    """What a bundle's users call, one request after the other, against the eager model: how many say the same.
+
+    Greedy answers may part at a near-tie, so that this is told and is not a verdict; that a stream says what
+    `generate` says is one.
+    """
+    wanted = [eager_answers(lalm, [request], plan, max_new_tokens=tokens)[0] for request in asked]
+    seen = [bundle.generate(request.audio, request.text, max_new_tokens=tokens) for request in asked]
+    first = asked[0]
+    streamed = "".join(bundle.stream(first.audio, first.text, max_new_tokens=tokens))
+    if streamed != seen[0]:
+        raise EngineError(f"the stream says {streamed!r}, generate {seen[0]!r}")
+    same = sum(ours == theirs for ours, theirs in zip(seen, wanted, strict=True))
+    return {"same": same, "of": len(asked), "engine": seen[0], "eager": wanted[0]}
 
 
 def told(work: Callable[[], Any]) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import platform
 import shlex
 import tempfile
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from machine import cores, cpu_name
 from node_time import PHASES, WARM_UP_RUNS, Spread, measure_node_time
 from overhead_table import table
 from random_decoder import (
@@ -40,7 +40,7 @@ from random_decoder import (
 from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import onnxruntime as ort
 
@@ -77,7 +77,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         del sessions
         times, nodes = measure_node_time(steered, feeds, settings, folder)
     return {
-        "hardware": {"cpu": cpu_name(), "cores": len(_cores()), "system": platform.system()},
+        "hardware": {"cpu": cpu_name(), "cores": len(cores()), "system": platform.system()},
         "versions": installed_versions("onnxruntime-gpu", "onnxruntime", "torch", "transformers", "numpy"),
         "settings": asdict(settings),
         "decoder": {"parameters": parameters, "edits": edits, "dtype": "float32"},
@@ -135,23 +135,6 @@ def _peak_memory_here(graph: Path, settings: Settings) -> int | None:
     return 1024 * int(line.split()[1])
 
 
-def cpu_name() -> str:
-    """The processor's name as its maker gives it, where the system tells."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cores() -> Sequence[int]:
-    """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return range(os.cpu_count() or 1)
-
-
 @click.command()
 @click.option("--blocks", type=click.IntRange(1), default=14, show_default=True, help="Decoder blocks.")
 @click.option("--width", type=click.IntRange(8), default=1024, show_default=True, help="Width of the stream.")
@@ -167,7 +150,7 @@ def main(as_json: bool, threads: int | None, **sizes: int) -> None:
 
     Example: python benchmarks/overhead.py --blocks 4 --pairs 10
     """
-    result = measure(Settings(threads=threads or len(_cores()), **sizes))
+    result = measure(Settings(threads=threads or len(cores()), **sizes))
     context = click.get_current_context()
     given = {
         name: value

@@ -100,10 +100,18 @@ class OnnxRuntimeRunner:
             raise RuntimeError("the runner is closed; use it inside a `with` block")
         return self._session
 
+    def _fed_defaults(self, feeds: Mapping[str, NDArray[Any]]) -> tuple[TensorSpec, ...]:
+        """Inputs that have a default in the graph and are fed all the same."""
+        defaults = self.session.get_overridable_initializers()
+        return tuple(_spec(value) for value in defaults if value.name in feeds)
+
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs by name. Raises `InputError` for inputs that do not fit the graph."""
+        """All outputs by name; inputs with a default may be left out.
+
+        Raises `InputError` for inputs that do not fit the graph.
+        """
         session = self.session
-        check_feeds(self.inputs, feeds)
+        check_feeds((*self.inputs, *self._fed_defaults(feeds)), feeds)
         names = [spec.name for spec in self.outputs]
         try:
             results = session.run(names, dict(feeds))
@@ -138,7 +146,7 @@ class OnnxRuntimeDecoder(OnnxRuntimeRunner):
     def step(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one step and extend the cache; the outputs by name, those of the cache left out."""
         session = self.session
-        check_feeds(self._fed, feeds)
+        check_feeds((*self._fed, *self._fed_defaults(feeds)), feeds)
         batch = next(iter(feeds.values())).shape[0]
         binding = session.io_binding()
         for name, array in feeds.items():

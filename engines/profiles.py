@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from calibration.errors import InputError
 from engines.input_roles import BATCH, CLIPS, PAST, SEQUENCE, TOTAL, GraphInputs, bind
-from engines.shape_grammar import parse_shapes, shape_text
+from engines.shape_grammar import LARGEST_DIMENSION, parse_shapes, shape_text
 from engines.sidecar import Profile, ShapeRange
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _Given = tuple["dict[str, int]", "dict[str, int]", "dict[str, int]"]
 class ProfileLimits:
     """How far derived profiles reach: rows, tokens of one pass, tokens of past and pass together.
 
-    Raises `InputError` for a limit below 1 and for a prompt longer than the total.
+    Raises `InputError` for a limit below 1 or beyond what TensorRT takes, and for a prompt longer than the total.
     """
 
     max_batch: int = 4
@@ -53,8 +53,8 @@ class ProfileLimits:
             ("--max-prompt", self.max_prompt),
             ("--max-total", self.max_total),
         ):
-            if value < 1:
-                raise InputError(f"{option} is {value}; expected 1 or more")
+            if not 1 <= value <= LARGEST_DIMENSION:
+                raise InputError(f"{option} is {value}; expected 1 to {LARGEST_DIMENSION}")
         if self.max_prompt > self.max_total:
             raise InputError(
                 f"--max-prompt {self.max_prompt} is more than --max-total {self.max_total}: a prompt must fit "
@@ -124,22 +124,32 @@ def explicit_profiles(
     profiles = []
     for number, name in enumerate(profile_names):
         bound = []
-        for kind, options in _COPIED_FROM.items():
+        for options in _COPIED_FROM.values():
             option = next(option for option in options if option in counts)
             shapes = parse_shapes(given[option][number], option)
-            roles = bind(graph, shapes, f"profile {name!r}, {kind} shapes")
+            where = f"profile {name!r}, {option.removeprefix('--').replace('-', ' ')}"
+            roles = bind(graph, shapes, where)
+            _check_not_empty(roles, where)
             bound.append({role: size for role, (size, _) in roles.items()})
         profiles.append(_make_profile(graph, name, (bound[0], bound[1], bound[2]), limits))
     check_profiles(inputs, profiles)
     return tuple(profiles)
 
 
+def _check_not_empty(roles: Mapping[str, tuple[int, str]], where: str) -> None:
+    """Refuse shapes by which a pass would have no row or no token; a past of length 0 is a prefill's."""
+    for role in (BATCH, SEQUENCE, CLIPS):
+        size, name = roles.get(role, (1, ""))
+        if size == 0:
+            raise InputError(f"{where}: {role} is 0 in {name!r}; expected 1 or more")
+
+
 def check_profiles(inputs: Sequence[Binding], profiles: Sequence[Profile]) -> None:
     """Raise `InputError` unless every profile suits the graph and itself.
 
-    Inputs are known and of the graph's rank; fixed dimensions are the graph's; min <= opt <= max; every dynamic
-    input is covered; inputs agree in every role; min and opt totals are past + sequence, and the max total lies
-    between what either needs with the other smallest, and their sum.
+    Inputs are known and of the graph's rank; fixed dimensions are the graph's; min <= opt <= max, none larger than
+    TensorRT takes; every dynamic input is covered; inputs agree in every role; min and opt totals are past + sequence,
+    and the max total lies between what either needs with the other smallest, and their sum.
     """
     graph = GraphInputs.of(inputs)
     if graph.dynamic and not profiles:
@@ -293,6 +303,11 @@ def _check_profile(graph: GraphInputs, profile: Profile) -> None:
                 raise InputError(
                     f"{where}: axis {axis} of {name!r} has min {sizes[0]}, opt {sizes[1]}, max {sizes[2]}; "
                     "expected min <= opt <= max"
+                )
+            if sizes[2] > LARGEST_DIMENSION:
+                raise InputError(
+                    f"{where}: axis {axis} of {name!r} is up to {sizes[2]}; expected at most {LARGEST_DIMENSION}; "
+                    "give smaller shapes (a total is past and sequence together)"
                 )
     for name, binding in graph.inputs.items():
         if graph.is_dynamic(name) and name not in profile.shapes:

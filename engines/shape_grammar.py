@@ -6,7 +6,8 @@ import re
 
 from calibration.errors import InputError
 
-_LARGEST_DIMENSION = 2**31 - 1
+LARGEST_DIMENSION = 2**31 - 1
+"""What TensorRT takes; a larger number is refused by it, or silently another one."""
 _SHAPE = re.compile(
     r"(?:'(?P<quoted>[^']+)'|(?P<plain>[^']+)):(?P<dims>[0-9]{1,10}(?:x[0-9]{1,10})*|scalar|)"
 )
@@ -24,10 +25,10 @@ def parse_shapes(text: str, option: str) -> dict[str, tuple[int, ...]]:
         match = _SHAPE.fullmatch(piece.strip())
         dims = match["dims"] if match else ""
         shape = tuple(int(dim) for dim in dims.split("x")) if dims not in ("", "scalar") else ()
-        if match is None or any(dim > _LARGEST_DIMENSION for dim in shape):
+        if match is None or any(dim > LARGEST_DIMENSION for dim in shape):
             raise InputError(
                 f"{option}: {piece!r} is not a shape; expected INPUT:AxBxC, such as attention_mask:1x16, with "
-                f"numbers from 0 to {_LARGEST_DIMENSION}, and commas between inputs"
+                f"numbers from 0 to {LARGEST_DIMENSION}, and commas between inputs"
             )
         name = match["quoted"] or match["plain"]
         if name in shapes:

@@ -86,10 +86,14 @@ class Refit:
 
 @dataclass(frozen=True)
 class BuildFacts:
-    """How the engine was built: seconds, peak resident memory of the process in bytes, layers of the network."""
+    """How the engine was built: seconds, peak resident memory of the process in bytes, layers of the network.
+
+    `start_rss_bytes`: what of that was there before, such as a model that was loaded.
+    """
 
     seconds: float
     peak_rss_bytes: int
+    start_rss_bytes: int
     layers: int
     platform: str
 

@@ -19,7 +19,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from calibration.errors import InputError
 from graph_passes.graph_index import subgraphs
-from graph_passes.onnx_file import external_files, read_graph, write_graph
+from graph_passes.onnx_file import read_graph, write_graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -80,16 +80,7 @@ def write_float32_twins(sources: Sequence[Path], folder: Path) -> None:
 
 
 def _regions(graph: ModelProto, source: Path) -> set[_Region]:
-    checked = {file.location for file in external_files(graph)}
-    regions = set()
-    for tensor in filter(uses_external_data, _tensors(graph)):
-        if (location := ExternalDataInfo(tensor).location) not in checked:
-            raise InputError(
-                f"ONNX file {source}: tensor {tensor.name!r} of a function has its values in {location!r}; expected "
-                "them in the graph file"
-            )
-        regions.add(_region(tensor, source))
-    return regions
+    return {_region(tensor, source) for tensor in filter(uses_external_data, _tensors(graph))}
 
 
 def _region(tensor: TensorProto, source: Path) -> _Region:

@@ -16,6 +16,8 @@ from calibration.plan import Add, Edit, Positions
 from graph_passes.fused_norms import bias_slot, is_fused, sum_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from onnx import NodeProto
 
     from graph_passes.graph_index import GraphIndex
@@ -35,7 +37,7 @@ class Form(str, Enum):
 
 @dataclass(frozen=True)
 class Cost:
-    """What an edit adds to one pass of one row: floating-point operations, and bytes read and written."""
+    """What an edit adds to one pass of one row: floating-point operations, and bytes that nodes read and write."""
 
     flops: int
     bytes: int
@@ -78,21 +80,28 @@ def choose(
 
 
 def cost(edit: Edit, form: Form, *, hidden_size: int, elem_bytes: int, sequence: int) -> Cost:
-    """What an edit in some form adds to a pass of S positions, batch 1, when every node runs by itself."""
+    """What an edit in some form adds to a pass of S positions, batch 1, when every node runs by itself.
+
+    Casts, which half-precision streams need around a projection, are left out.
+    """
     D, S = hidden_size, sequence
-    if form in (Form.NORM_BIAS, Form.PROJECTION_BIAS):
-        return Cost(D * S if form is Form.NORM_BIAS else 0, D * elem_bytes if form is Form.NORM_BIAS else 0)
-    stream = S * D * elem_bytes
+    vector, stream = D * elem_bytes, S * D * elem_bytes
+    if form is Form.PROJECTION_BIAS:
+        return Cost(0, 0)  # two constants, added when the graph is loaded
+    if form is Form.NORM_BIAS:
+        return Cost(S * D, vector)
     if isinstance(edit, Add):
-        selected = form is Form.SELECTED_ADD
-        return Cost(S * D, D * elem_bytes + 2 * stream + (S + 2 * stream if selected else 0))
-    K = edit.basis.shape[1]
-    rows = 1 if form is Form.GATHERED_PROJECTION else S
-    centred = 0 if edit.mean is None else rows * D
-    flops = 4 * rows * D * K + centred + S * D
-    thin = rows * (D * elem_bytes + 4 * (2 * K + 2 * D)) + 2 * 4 * D * K
-    selected_bytes = 0 if form is Form.PROJECTION else S + stream
-    return Cost(flops, thin + selected_bytes + 3 * stream)
+        select = S + vector + elem_bytes + stream
+        return Cost(S * D, 3 * stream + select if form is Form.SELECTED_ADD else 2 * stream + vector)
+    gathered = form is Form.GATHERED_PROJECTION
+    R, K = 1 if gathered else S, edit.basis.shape[1]
+    rows, coordinates, basis = 4 * R * D, 4 * R * K, 4 * D * K
+    centre = 0 if edit.mean is None else 2 * rows + 4 * D
+    products = rows + basis + coordinates + coordinates + basis + rows
+    gather = 8 + stream + R * vector if gathered else 0  # a row's index is 8 bytes
+    select = 0 if form is Form.PROJECTION else S + R * vector + elem_bytes + stream
+    flops = (0 if edit.mean is None else R * D) + 4 * R * D * K + S * D
+    return Cost(flops, gather + centre + products + select + 3 * stream)
 
 
 def _fused_norm(index: GraphIndex, anchor: str) -> NodeProto | None:
@@ -105,14 +114,22 @@ def _fused_norm(index: GraphIndex, anchor: str) -> NodeProto | None:
 
 def _biased_projection(index: GraphIndex, anchor: str) -> NodeProto | None:
     """The node `product + bias` whose result is a summand of `anchor` and nothing else; its bias is a constant (D,)."""
-    total = index.producer_of(anchor)
-    if total is None or total.op_type != "Add":
-        return None
-    for summand in total.input:
+    for summand in _summands(index, anchor):
         node = index.producer_of(summand)
         if node is not None and len(index.consumers[summand]) == 1 and _adds_vector(index, node):
             return node
     return None
+
+
+def _summands(index: GraphIndex, total: str) -> Iterator[str]:
+    """What a tensor is the sum of, through sums that nothing else reads."""
+    node = index.producer_of(total)
+    if node is None or node.op_type != "Add" or _adds_vector(index, node):
+        return
+    for name in node.input:
+        yield name
+        if len(index.consumers[name]) == 1:
+            yield from _summands(index, name)
 
 
 def _adds_vector(index: GraphIndex, node: NodeProto) -> bool:

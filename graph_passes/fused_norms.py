@@ -48,6 +48,15 @@ def bias_slot(node: NodeProto) -> int:
     return 2 + WEIGHTS[node.op_type]
 
 
+def fused_sums(model: ModelProto) -> dict[str, NodeProto]:
+    """The fused node behind each sum that `split_fused_norms` takes out of one."""
+    found: dict[str, NodeProto] = {}
+    for node in model.graph.node:
+        if is_fused(node):
+            found[sum_name(node)] = found[sum_name(node) + ".unbiased"] = node
+    return found
+
+
 def split_fused_norms(model: ModelProto, sums: Collection[str] | None = None) -> ModelProto:
     """A copy of `model` in which fused nodes read a sum that an `Add` computes.
 

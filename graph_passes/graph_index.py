@@ -87,6 +87,16 @@ class GraphIndex:
         return 0 if position is None else self._closures[1][position]
 
     @cached_property
+    def input_ranks(self) -> dict[str, int]:
+        """How many dimensions the file records for each graph input; 0 where it records no shape."""
+        given = set(self.inputs)
+        return {
+            value.name: len(value.type.tensor_type.shape.dim)
+            for value in self.graph.input
+            if value.name in given
+        }
+
+    @cached_property
     def _input_number(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.inputs)}
 
@@ -121,12 +131,13 @@ def reads(node: NodeProto) -> list[str]:
 
 def subgraphs(node: NodeProto) -> list[GraphProto]:
     """The bodies of an `If`, `Loop` or `Scan`."""
-    bodies: list[GraphProto] = [
-        attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH
-    ]
-    for attribute in node.attribute:
-        bodies.extend(attribute.graphs)
-    return bodies
+    single: list[GraphProto] = []
+    several: list[GraphProto] = []
+    for attribute in node.attribute:  # once through: this is asked of every node, and few have a body
+        if attribute.type == AttributeProto.GRAPH:
+            single.append(attribute.g)
+        several.extend(attribute.graphs)
+    return single + several
 
 
 def rename_reads(node: NodeProto, old: str, new: str) -> None:

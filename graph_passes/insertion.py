@@ -160,12 +160,13 @@ def by_anchor(stream: StreamTensors, plan: SteeringPlan) -> dict[str, list[int]]
 def add_steering_inputs(model: ModelProto, plan: SteeringPlan, inputs: SteeringInputs) -> None:
     """Give a graph the inputs by which it is told positions and strength; strength has a default of 1."""
     ports: list[tuple[str, int, list[str | int]]] = []
+    batch = _batch_dimension(model)
     if inputs.last_from is LastFrom.INPUT and any(edit.positions == Positions.LAST for edit in plan.edits):
-        ports.append((POSITIONS_INPUT, TensorProto.INT64, ["batch"]))
+        ports.append((POSITIONS_INPUT, TensorProto.INT64, [batch]))
     if inputs.prompt_from is PromptFrom.INPUT and any(
         edit.positions.needs_prompt_length for edit in plan.edits
     ):
-        ports.append((PROMPT_LENGTHS_INPUT, TensorProto.INT64, ["batch"]))
+        ports.append((PROMPT_LENGTHS_INPUT, TensorProto.INT64, [batch]))
     if inputs.strength is not None:
         if model.ir_version < OVERRIDABLE_IR_VERSION:
             raise UnsupportedError(
@@ -173,7 +174,7 @@ def add_steering_inputs(model: ModelProto, plan: SteeringPlan, inputs: SteeringI
                 f"{OVERRIDABLE_IR_VERSION}; export it again"
             )
         per_edit = [len(plan.edits)] if inputs.strength is StrengthInput.EDITS else []
-        ports.append((STRENGTH_INPUT, TensorProto.FLOAT, ["steering_batch", *per_edit]))
+        ports.append((STRENGTH_INPUT, TensorProto.FLOAT, [batch, *per_edit]))
         default = np.ones([1, *per_edit], dtype=np.float32)
         model.graph.initializer.append(
             helper.make_tensor(STRENGTH_INPUT, TensorProto.FLOAT, default.shape, default.tobytes(), raw=True)
@@ -185,6 +186,33 @@ def add_steering_inputs(model: ModelProto, plan: SteeringPlan, inputs: SteeringI
         if name in taken:
             raise InputError(f"the graph has a tensor {name!r} of its own; expected that name to be free")
         model.graph.input.append(helper.make_tensor_value_info(name, elem_type, dims))
+
+
+def without_strength_default(model: ModelProto) -> ModelProto:
+    """A copy of a graph in which the strength must be fed; `model` itself where it has no such input.
+
+    Runtimes that know no defaults (TensorRT) take an initializer of an input's name for a constant.
+    """
+    if all(tensor.name != STRENGTH_INPUT for tensor in model.graph.initializer):
+        return model
+    required = ModelProto()
+    required.CopyFrom(model)
+    kept = [tensor for tensor in required.graph.initializer if tensor.name != STRENGTH_INPUT]
+    del required.graph.initializer[:]
+    required.graph.initializer.extend(kept)
+    return required
+
+
+def _batch_dimension(model: ModelProto) -> str | int:
+    """The first dimension of the inputs, by its symbol, so that all that is fed agrees."""
+    for value in model.graph.input:
+        if (
+            value.name in ("inputs_embeds", "input_ids", "attention_mask")
+            and value.type.tensor_type.shape.dim
+        ):
+            dim = value.type.tensor_type.shape.dim[0]
+            return int(dim.dim_value) if dim.HasField("dim_value") else str(dim.dim_param) or "batch"
+    return "batch"
 
 
 def steering_inputs_of(model: ModelProto) -> SteeringInputs:

@@ -21,8 +21,13 @@ class Port:
     elem_type: str
     dims: tuple[int | str, ...]
 
+    @property
+    def signature(self) -> str:
+        """Element type and dimensions, as `float [batch, sequence, 64]`."""
+        return f"{self.elem_type.lower()} [{', '.join(map(str, self.dims))}]"
+
     def __str__(self) -> str:
-        return f"{self.name}: {self.elem_type.lower()} [{', '.join(map(str, self.dims))}]"
+        return f"{self.name}: {self.signature}"
 
 
 def graph_inputs(model: ModelProto) -> tuple[Port, ...]:

@@ -252,13 +252,7 @@ def _holds_attention(index: GraphIndex, branch: int) -> bool:
 
 def cache_inputs(index: GraphIndex) -> list[str]:
     """Graph inputs of rank 4: past keys and values [batch, kv_heads, past, head_dim]."""
-    return [
-        value.name
-        for value in index.graph.input
-        if value.name in index.inputs
-        and value.name != MASK_NAME
-        and len(value.type.tensor_type.shape.dim) == 4
-    ]
+    return [name for name, rank in index.input_ranks.items() if rank == 4 and name != MASK_NAME]
 
 
 def read_caches(index: GraphIndex) -> list[str]:

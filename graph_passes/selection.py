@@ -192,7 +192,7 @@ class _Sharing:
         """The last position of each row in this pass, int64 (B, 1) or (1,); below 0 where there is none."""
         build = self._builder("sarsteer.last")
         if self._inputs.last_from is LastFrom.INPUT:
-            fed = gs.Variable(POSITIONS_INPUT, dtype=np.int64)
+            fed = self._once(POSITIONS_INPUT, gs.Variable, POSITIONS_INPUT, np.int64)
             return build.node("Unsqueeze", "last", [fed, build.integers("as_sequence", [1])], np.int64)
         if self._inputs.last_from is LastFrom.SEQUENCE:
             return build.node(
@@ -259,7 +259,7 @@ class _Sharing:
         """Prompt tokens of each row, int64 (B, 1) or (1,)."""
         build = self._builder("sarsteer.prompt_length")
         if self._inputs.prompt_from is PromptFrom.INPUT:
-            fed = gs.Variable(PROMPT_LENGTHS_INPUT, dtype=np.int64)
+            fed = self._once(PROMPT_LENGTHS_INPUT, gs.Variable, PROMPT_LENGTHS_INPUT, np.int64)
             return build.node("Unsqueeze", "given", [fed, build.integers("as_sequence", [1])], np.int64)
         zero = build.integers("zero", [0])
         is_prompt = build.node("Equal", "is_prompt", [self._once("past", self._past_length), zero], np.bool_)
@@ -323,7 +323,7 @@ class _Sharing:
         """The factor of an edit's strength, float32 (B, 1, 1)."""
         per_edit = self._inputs.strength is StrengthInput.EDITS
         build = self._builder(f"sarsteer.strength.{number}" if per_edit else "sarsteer.strength")
-        fed: gs.Tensor = gs.Variable(STRENGTH_INPUT, dtype=np.float32)
+        fed = self._once(STRENGTH_INPUT, gs.Variable, STRENGTH_INPUT, np.float32)
         if per_edit:
             fed = build.node("Gather", "column", [fed, build.integers("edit", number)], np.float32, axis=1)
         return build.node("Unsqueeze", "factor", [fed, build.integers("axes", [1, 2])], np.float32)

@@ -61,9 +61,9 @@ def _widths(types: dict[str, TypeProto]) -> set[int]:
 
 def recorded_types(model: ModelProto, tensors: list[str]) -> dict[str, TypeProto]:
     """The types that the file records for some tensors; those it says nothing of are left out."""
-    graph = model.graph
+    graph, wanted = model.graph, set(tensors)
     return {
         value.name: value.type
         for value in (*graph.value_info, *graph.output, *graph.input)
-        if value.name in set(tensors) and value.type.tensor_type.elem_type
+        if value.name in wanted and value.type.tensor_type.elem_type
     }

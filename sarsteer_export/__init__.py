@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calibration.calibrate import CalibrationSettings, calibrate
+    from calibration.combine import CombineRule, combine_plans
     from calibration.directions import SteeringSettings
     from calibration.errors import SarsteerError
     from calibration.plan import Add, Positions, Project, Site, SteeringPlan
     from calibration.steered import steered
+    from graph_passes.selection import LastFrom, PromptFrom, SteeringInputs, StrengthInput
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.engine_build import EngineSettings, build_engines
     from sarsteer_export.exporting.export import export
     from sarsteer_export.parity_run import ParitySettings
-    from sarsteer_export.patching import patch
+    from sarsteer_export.patching import PatchSettings, patch, unpatch
     from sarsteer_export.pipeline import build
     from sarsteer_export.refitting import refit
     from sarsteer_export.verification import verify
@@ -30,22 +32,30 @@ _HOMES = {
     "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
+    "CombineRule": "calibration.combine",
     "EngineSettings": "sarsteer_export.engine_build",
+    "LastFrom": "graph_passes.selection",
     "ParitySettings": "sarsteer_export.parity_run",
+    "PatchSettings": "sarsteer_export.patching",
     "Positions": "calibration.plan",
     "Project": "calibration.plan",
+    "PromptFrom": "graph_passes.selection",
     "SarsteerError": "calibration.errors",
     "Site": "calibration.plan",
+    "SteeringInputs": "graph_passes.selection",
     "SteeringPlan": "calibration.plan",
     "SteeringSettings": "calibration.directions",
+    "StrengthInput": "graph_passes.selection",
     "build": "sarsteer_export.pipeline",
     "build_engines": "sarsteer_export.engine_build",
     "calibrate": "calibration.calibrate",
+    "combine_plans": "calibration.combine",
     "export": "sarsteer_export.exporting.export",
     "load_bundle": "sarsteer_export.bundle.bundle",
     "patch": "sarsteer_export.patching",
     "refit": "sarsteer_export.refitting",
     "steered": "calibration.steered",
+    "unpatch": "sarsteer_export.patching",
     "verify": "sarsteer_export.verification",
 }
 
@@ -54,22 +64,30 @@ __all__ = [
     "BuildSettings",
     "Bundle",
     "CalibrationSettings",
+    "CombineRule",
     "EngineSettings",
+    "LastFrom",
     "ParitySettings",
+    "PatchSettings",
     "Positions",
     "Project",
+    "PromptFrom",
     "SarsteerError",
     "Site",
+    "SteeringInputs",
     "SteeringPlan",
     "SteeringSettings",
+    "StrengthInput",
     "build",
     "build_engines",
     "calibrate",
+    "combine_plans",
     "export",
     "load_bundle",
     "patch",
     "refit",
     "steered",
+    "unpatch",
     "verify",
 ]
 

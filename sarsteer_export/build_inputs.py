@@ -33,6 +33,7 @@ from sarsteer_export.engine_build import EngineSettings
 from sarsteer_export.exporting.contract import cache_input_names
 from sarsteer_export.exporting.export import OPSET
 from sarsteer_export.parity_run import ParitySettings
+from sarsteer_export.range_guard import PROVENANCE_KEY
 from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ class BuildSettings:
 class BuildInputs:
     """The inputs of a build, read and identified: what the stage keys are made of.
 
-    `longest`: the most positions the model knows, where its configuration says.
+    `longest`: the most positions the model knows, `decoder`: the interface of its exported decoder, each where its
+    configuration says.
     """
 
     model: Path
@@ -108,6 +110,12 @@ class BuildInputs:
     benign: tuple[SpokenRequest, ...]
     evaluation: dict[str, Sequence[SpokenRequest]]
     stages: dict[str, str]
+    decoder: tuple[Binding, ...] | None = None
+
+
+def engine_stage(backend: str) -> str:
+    """The stage that builds the engines of one backend."""
+    return f"engine {backend}"
 
 
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
@@ -129,10 +137,14 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     if settings.plan is None:
         check_benign_count(benign, settings.benign)
     common = [identity, processor_digest(model), settings.dtype, installed_versions(*PACKAGES)]
+    magnitudes: Any = None
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)
         _check_plan_fits_config(plan, config, identity, force=settings.force)
         calibration: Any = plan.digest()
+        magnitudes = plan.provenance.get(
+            PROVENANCE_KEY
+        )  # no part of the digest, and what the guard is held to
     else:
         chosen = dataclasses.replace(settings.calibration, batch_size=1)
         calibration = [dataclasses.asdict(chosen), requests_digest(harmful), requests_digest(benign)]
@@ -141,13 +153,15 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     if settings.engine.engines:
         _check_profiles(settings, config)
         check_engines(settings.engine, settings.dtype)
-        versions = [backend.version() for backend in settings.engine.backends]
-        stages["engines"] = _key(
-            stages,
-            dataclasses.asdict(settings.engine),
-            versions,
+        common = [
+            dataclasses.asdict(dataclasses.replace(settings.engine, engines=())),
             [gpu.compute_capability for gpu in cuda_driver().gpus],
-        )
+        ]
+        keys = {
+            engine_stage(backend.name): _key(stages, common, backend.version())
+            for backend in settings.engine.backends
+        }
+        stages |= keys
     stages["verify"] = _key(
         stages,
         dataclasses.asdict(settings.parity),
@@ -156,8 +170,11 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         dataclasses.asdict(settings.judge),
         settings.max_new_tokens,
         settings.keep_unsteered,
+        magnitudes,
     )
-    return BuildInputs(model, identity, _longest(config), harmful, benign, evaluation, stages)
+    return BuildInputs(
+        model, identity, _longest(config), harmful, benign, evaluation, stages, _decoder_inputs(config)
+    )
 
 
 def _check_profiles(settings: BuildSettings, config: dict[str, Any]) -> None:
@@ -171,7 +188,7 @@ def _check_profiles(settings: BuildSettings, config: dict[str, Any]) -> None:
     rows = engine.max_batch
     if inputs is not None:
         profiles = engine.decoder_profiles(inputs, longest)
-        rows = max(profile.shapes["inputs_embeds"].max[0] for profile in profiles)
+        rows = min(rows, max(profile.shapes["inputs_embeds"].max[0] for profile in profiles))
     if settings.parity.prompts > rows:
         raise InputError(
             f"parity runs {settings.parity.prompts} prompts at once, the engine admits {rows}; raise --max-batch (or "

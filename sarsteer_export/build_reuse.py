@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.errors import InputError
+from calibration.errors import InputError, UnsupportedError
+from engines.opening import check_can_run
+from engines.report import Verdict
+from engines.sidecar import sidecar_of
+from sarsteer_export.build_inputs import engine_stage
 from sarsteer_export.bundle.manifest import (
     ENGINES_FOLDER,
     ONNX_FOLDER,
@@ -19,7 +25,6 @@ from sarsteer_export.bundle.manifest import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from sarsteer_export.build_inputs import BuildInputs
 
@@ -35,14 +40,17 @@ def earlier_bundle(target: Path) -> Manifest | None:
 
 
 def reusable_stages(target: Path, earlier: Manifest | None, inputs: BuildInputs) -> tuple[str, ...]:
-    """Stages of the bundle at the output whose inputs are the same and whose files are what they were."""
+    """Stages of the bundle at the output whose inputs are the same and whose files are what they were.
+
+    A verdict that is still owed, of an engine that could not be run and can be now, is no finished stage.
+    """
     if earlier is None:
         return ()
     exported = _exported_files(earlier)
     files = {
         "calibrate": [PLAN.as_posix()],
         "export": exported,
-        "engines": _engine_files(earlier),
+        **{engine_stage(entry.backend): _engine_files(entry) for entry in earlier.engines},
         "verify": list(earlier.files),
     }
     if UNSTEERED_DECODER.as_posix() not in exported:
@@ -54,8 +62,25 @@ def reusable_stages(target: Path, earlier: Manifest | None, inputs: BuildInputs)
         if (altered := earlier.altered(target, names)) is not None:
             logger.warning("%s: was altered since it was built; %s is not reused", target / altered, stage)
             continue
+        if stage == "verify" and (label := _can_be_run_now(earlier)) is not None:
+            logger.warning(
+                "%s: engine %s was built and not executed, and this machine can run it; verify is not reused",
+                target,
+                label,
+            )
+            continue
         fresh.append(stage)
     return tuple(fresh)
+
+
+def _can_be_run_now(manifest: Manifest) -> str | None:
+    """The first engine that was not executed when it was built, and can be now."""
+    for entry in manifest.engines:
+        if entry.verdict == Verdict.NOT_EXECUTED.value:
+            with suppress(UnsupportedError):
+                check_can_run(entry.row)
+                return entry.label
+    return None
 
 
 def _exported_files(manifest: Manifest) -> list[str]:
@@ -64,9 +89,11 @@ def _exported_files(manifest: Manifest) -> list[str]:
     return [name for name in manifest.files if name.startswith(inside) and name != STEERED_DECODER.as_posix()]
 
 
-def _engine_files(manifest: Manifest) -> list[str]:
-    """Engines and their sidecars."""
-    return [name for name in manifest.files if name.startswith(f"{ENGINES_FOLDER.as_posix()}/")]
+def _engine_files(entry: EngineEntry) -> list[str]:
+    """The engines of an entry and their sidecars; none for an execution provider, which runs the graphs."""
+    inside = f"{ENGINES_FOLDER.as_posix()}/"
+    engines = [file for file in entry.components.values() if file.startswith(inside)]
+    return [*engines, *(sidecar_of(Path(file)).as_posix() for file in engines)]
 
 
 def copy_export(target: Path, manifest: Manifest, folder: Path) -> None:
@@ -74,10 +101,10 @@ def copy_export(target: Path, manifest: Manifest, folder: Path) -> None:
     _copy(target, folder, _exported_files(manifest))
 
 
-def copy_engines(target: Path, manifest: Manifest, folder: Path) -> tuple[EngineEntry, ...]:
-    """Copy the engines of an earlier bundle into a new bundle's folder; they are proven anew."""
-    _copy(target, folder, _engine_files(manifest))
-    return manifest.engines
+def copy_engine(target: Path, entry: EngineEntry, folder: Path) -> EngineEntry:
+    """Copy the engines of an entry of an earlier bundle into a new bundle's folder; they are proven anew."""
+    _copy(target, folder, _engine_files(entry))
+    return entry
 
 
 def _copy(target: Path, folder: Path, names: Sequence[str]) -> None:

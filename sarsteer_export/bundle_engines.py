@@ -107,6 +107,19 @@ def prove_engine(
     return dataclasses.replace(entry, verdict=report.verdict.value, reason=reason), report
 
 
+def rows_of(folder: Path, entry: EngineEntry) -> int | None:
+    """The most requests that the engines of a bundle answer at once; None where nothing bounds them."""
+    if entry.row.runtime is Runtime.ONNX_RUNTIME:
+        return None
+    records = [EngineRecord.read(sidecar_of(folder / file)) for file in entry.components.values()]
+    return min(_rows(record) for record in records if record.profiles)
+
+
+def _rows(record: EngineRecord) -> int:
+    """The largest batch that any profile admits; it is the first dimension of the first input."""
+    return max(profile.shapes[record.inputs[0].name].max[0] for profile in record.profiles)
+
+
 def _runtime_of(folder: Path, entry: EngineEntry) -> ParityRuntime:
     if entry.row.runtime is Runtime.ONNX_RUNTIME:
         return OnnxRuntimeParity(entry.row)

@@ -201,10 +201,15 @@ def _provider_obstacles(backend: Backend, trial: Trial, gpu: tuple[Obstacle, ...
             f"the ONNX Runtime installed here has no {backend.provider}", REINSTALL_ONNX_RUNTIME
         )
         return (missing, *needed)
-    if needed or trial.run_problem is None:
-        return needed
+    if trial.run_problem is None or (needed and not _is_missing_library(trial.run_problem)):
+        return needed  # without a GPU, whatever else goes wrong may go wrong for want of it
     remedy = REINSTALL_ONNX_RUNTIME if backend.runs_without_gpu else PROVIDER_LIBRARIES[backend.name]
-    return (Obstacle(f"{backend.provider} does not run: {trial.run_problem}", remedy),)
+    return (*needed, Obstacle(f"{backend.provider} does not run: {trial.run_problem}", remedy))
+
+
+def _is_missing_library(problem: str) -> bool:
+    """Whether the loader found no library; that of the driver itself is the driver's trouble."""
+    return "cannot open shared object file" in problem and not problem.startswith("libcuda.so")
 
 
 def _trial_obstacle(backend: Backend, verb: str, problem: str | None) -> tuple[Obstacle, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,13 @@ from engines.profiles import ProfileLimits, derive_profiles, explicit_profiles
 from engines.sidecar import ENGINE_SUFFIX, Binding, EngineRecord, Profile, sidecar_of
 from engines.trt.build import EngineSource, build_engine, check_can_build
 from engines.trt.network import RequiredConstant
+from graph_passes.insertion import without_strength_default
 from graph_passes.interface import Port, graph_inputs, graph_outputs
 from graph_passes.onnx_file import external_files, read_graph
 from graph_passes.plan_names import FINGERPRINT_KEY, PLAN_KEY, check_steering_whole, metadata
 from graph_passes.steering_in import edit_initializers
 from sarsteer_export.bundle.manifest import file_sha256
-from sarsteer_export.staging import check_output, nearest_folder, staged_file
+from sarsteer_export.staging import check_output, check_outside_bundle, nearest_folder, staged_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -38,6 +40,8 @@ CONSUMERS = {
     "project.nothing": "ELEMENTWISE SUB",
 }
 """What must compute with each constant of an edit in the parsed network; `docs/plan.md` defines the operations."""
+SCALED = "ELEMENTWISE PROD"
+"""What computes with a vector whose strength is an input of the graph."""
 FLOATS = ("float32", "float16", "bfloat16")
 UNNAMED = "?"
 """How `graph_passes.interface` shows a dimension without number and name."""
@@ -124,7 +128,7 @@ class BuiltEngine:
                 f"  {record.backend} {record.backend_version}, {record.precision}, compute capability "
                 f"{', '.join(record.compute_capabilities)}",
                 f"  {record.build.layers} layers in {record.build.seconds:.1f} s, peak memory "
-                f"{record.build.peak_rss_bytes / 1e6:.0f} MB",
+                f"{record.build.peak_rss_bytes / 1e6:.0f} MB ({record.build.start_rss_bytes / 1e6:.0f} MB before it)",
                 f"  profiles: {profiles or 'none, shapes are fixed'}",
                 f"  steering: {len(record.steering)} constants found in the network, each where it must be",
                 f"  refittable: {refit}",
@@ -142,7 +146,7 @@ def build_engines(
 ) -> tuple[BuiltEngine, ...]:
     """Build engines of one ONNX file: `output/<backend>-<version>-<target>-<precision>/<graph>.engine`.
 
-    Each appears with its sidecar when it is finished. Raises `InputError` for a bad graph or shapes,
+    All appear, each with its sidecar, when the last is finished. Raises `InputError` for a bad graph or shapes,
     `UnsupportedError` for what cannot be built here, `EngineError` when TensorRT fails or steering that the graph
     holds did not reach its network.
     """
@@ -161,22 +165,27 @@ def build_engines(
         for backend in settings.backends
     }
     for target in targets.values():
-        check_output(target, overwrite=overwrite)
-        check_output(sidecar_of(target), overwrite=overwrite)
+        for file in (target, sidecar_of(target)):
+            check_outside_bundle(file)
+            check_output(file, overwrite=overwrite)
         _check_space(target, source)
-    built = []
-    for backend, target in targets.items():
-        with staged_file(target, overwrite=overwrite) as staged:
-            record = build_engine(
+    with ExitStack() as stack:
+        staged = {
+            backend: stack.enter_context(staged_file(target, overwrite=overwrite))
+            for backend, target in targets.items()
+        }
+        records = {
+            backend: build_engine(
                 source,
-                staged,
+                file,
                 backend,
                 profiles,
                 compute_capabilities=settings.compute_capabilities,
                 progress=progress,
             )
-        built.append(BuiltEngine(target, record))
-    return tuple(built)
+            for backend, file in staged.items()
+        }
+    return tuple(BuiltEngine(target, records[backend]) for backend, target in targets.items())
 
 
 def engine_source(graph: Path, content: ModelProto | None = None) -> EngineSource:
@@ -186,8 +195,9 @@ def engine_source(graph: Path, content: ModelProto | None = None) -> EngineSourc
     file that is missing, damaged, or lacks its external data or some of its steering, `UnsupportedError` for one
     that computes nothing in floating point or reads what is no tensor.
     """
-    model = read_graph(graph) if content is None else content
-    check_steering_whole(model)
+    stored = read_graph(graph) if content is None else content
+    check_steering_whole(stored)
+    model = without_strength_default(stored)
     inputs = tuple(_binding(port) for port in graph_inputs(model))
     outputs = tuple(_binding(port) for port in graph_outputs(model))
     precision = next((port.dtype for port in (*outputs, *inputs) if port.dtype in FLOATS), None)
@@ -201,7 +211,7 @@ def engine_source(graph: Path, content: ModelProto | None = None) -> EngineSourc
         identity=_identity(graph, model) if content is None else {"file": graph.name},
         constants=_required_constants(model),
         plan_sha256=metadata(model).get(PLAN_KEY),
-        content=None if content is None else content.SerializeToString(),
+        content=None if content is None and model is stored else model.SerializeToString(),
     )
 
 
@@ -239,14 +249,18 @@ def _binding(port: Port) -> Binding:
 def _required_constants(model: ModelProto) -> tuple[RequiredConstant, ...]:
     """The constants of every edit, in the order in which the graph's nodes read them: that in which edits act."""
     tensors = edit_initializers(model)
+    readers = {
+        name: node.op_type for node in reversed(model.graph.node) for name in node.input if name in tensors
+    }
     read = [name for node in model.graph.node for name in node.input if name in tensors]
-    return tuple(_required(tensors[name]) for name in dict.fromkeys([*read, *tensors]))
+    ordered = dict.fromkeys([*read, *tensors])
+    return tuple(_required(tensors[name], readers.get(name)) for name in ordered)
 
 
-def _required(tensor: TensorProto) -> RequiredConstant:
+def _required(tensor: TensorProto, reader: str | None) -> RequiredConstant:
     """A steering constant and what must compute with it; scalars (what is added elsewhere) are never refitted."""
     _, _, _, op, _, key = tensor.name.split(".")
-    consumer = CONSUMERS.get(f"{op}.{key}")
+    consumer = SCALED if (key, reader) == ("vector", "Mul") else CONSUMERS.get(f"{op}.{key}")
     if consumer is None:
         raise InputError(f"the graph holds a steering constant of no known operation: {tensor.name!r}")
     values = numpy_helper.to_array(tensor)

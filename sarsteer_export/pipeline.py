@@ -25,15 +25,17 @@ from engines.report import ParityReport, Verdict
 from graph_passes.interface import graph_inputs, graph_outputs
 from graph_passes.onnx_file import read_graph, write_graph
 from graph_passes.patch import PatchResult, patch_model
-from sarsteer_export.behaviour import BehaviourReport, measure_behaviour
+from sarsteer_export.around_decoder import ROLLOUT_TOKENS
+from sarsteer_export.behaviour import BATCH_SIZE, BehaviourReport, measure_behaviour
 from sarsteer_export.build_inputs import (
     BYTES_PER_PARAMETER,
     PACKAGES,
     BuildInputs,
     BuildSettings,
+    engine_stage,
     read_inputs,
 )
-from sarsteer_export.build_reuse import copy_engines, copy_export, earlier_bundle, reusable_stages
+from sarsteer_export.build_reuse import copy_engine, copy_export, earlier_bundle, reusable_stages
 from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.frontend import check_extractor
 from sarsteer_export.bundle.manifest import (
@@ -51,9 +53,10 @@ from sarsteer_export.bundle.manifest import (
     Manifest,
     describe_files,
 )
-from sarsteer_export.bundle_engines import add_engine, prove_engine
+from sarsteer_export.bundle_engines import add_engine, prove_engine, rows_of
 from sarsteer_export.exporting.export import export
 from sarsteer_export.parity_run import ParityRun, parity_requests
+from sarsteer_export.prompt_lengths import Asked, check_prompts
 from sarsteer_export.range_guard import check_range
 from sarsteer_export.report_page import parity_page
 from sarsteer_export.staging import check_output, nearest_folder, staged_directory
@@ -68,6 +71,8 @@ if TYPE_CHECKING:
 
 BYTES_BESIDE_WEIGHTS = 2_000_000
 """Graphs, tokenizer and reports of a small model's bundle; a 7B's are some megabytes more."""
+BYTES_BESIDE_ENGINE_WEIGHTS = 12_000_000
+"""What an engine of TensorRT-RTX holds beside its weights, its kernels: `benchmarks/engine_build.py` shows its size."""
 MEMORY_PER_PARAMETER = {"float32": 12, "float16": 6, "bfloat16": 14}
 """Bytes held at once at the peak: the eager model, the traced program and a runtime session; in bfloat16 the model,
 its copy in float32 and two sessions of the float32 twin."""
@@ -85,7 +90,11 @@ class BuildPreview:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished bundle, its reports as JSON, its engines, and the stages taken from an earlier build."""
+    """A finished bundle, its reports as JSON, its engines, and the stages taken from an earlier build.
+
+    `engine_behaviour`: behaviour on every engine that it was measured on, by the engine's label; each report holds
+    its table.
+    """
 
     path: Path
     parity: dict[str, Any]
@@ -93,6 +102,7 @@ class BuildResult:
     behaviour: dict[str, Any] | None
     behaviour_table: str | None
     engines: tuple[EngineEntry, ...]
+    engine_behaviour: dict[str, dict[str, Any]]
     reused: tuple[str, ...]
 
 
@@ -110,6 +120,7 @@ def build(
     earlier = earlier_bundle(target)
     reusable = reusable_stages(target, earlier, inputs)
     if earlier is not None and "verify" in reusable:
+        check_known_range(target, reusable, settings)
         return _up_to_date(target, earlier)
     check_output(target, overwrite=settings.overwrite)
     _check_space(target, _needed_bytes(inputs.model, settings))
@@ -117,10 +128,11 @@ def build(
         lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
         for requests in (inputs.harmful, inputs.benign, *inputs.evaluation.values()):
             check_clips(lalm, requests)
+        check_prompts_fit(lalm, inputs, settings)
         _write_frontend(lalm, folder)
         plan = (
             SteeringPlan.load(target / PLAN)
-            if "calibrate" in reusable
+            if settings.plan is None and "calibrate" in reusable
             else make_plan(lalm, settings, progress)
         )
         (folder / PLAN).parent.mkdir()
@@ -135,15 +147,25 @@ def build(
         manifest = describe(lalm, plan, patched, inputs, folder)
         manifest.write(folder)
         report, behaviour = prove(folder, lalm, plan, inputs, settings, progress)
-        if earlier is not None and "engines" in reusable:
-            engines = copy_engines(target, earlier, folder)
-        else:
-            engines = make_engines(folder, inputs, settings, progress)
+        kept = () if earlier is None else earlier.engines
+        standing = {entry.backend: entry for entry in kept if engine_stage(entry.backend) in reusable}
+        engines = tuple(
+            copy_engine(target, standing[backend.name], folder)
+            if backend.name in standing
+            else add_engine(folder, backend, settings.engine, longest=inputs.longest, progress=progress)
+            for backend in settings.engine.backends
+        )
         dataclasses.replace(manifest, engines=engines).write(folder)
         chosen = parity_requests(inputs.harmful, inputs.benign, count=settings.parity.prompts)
         run = ParityRun(lalm, plan, chosen, settings.parity, progress)
         proven = [prove_engine(run, folder, entry) for entry in engines]
-        manifest = finish(folder, manifest, report, proven, behaviour, settings)
+        check_verdicts(report, proven)
+        measured = [
+            (entry, measure_engine(folder, entry, lalm, plan, inputs, settings, progress))
+            for entry, judged in proven
+            if inputs.evaluation and judged.verdict is Verdict.PASSED
+        ]
+        manifest = finish(folder, manifest, report, proven, behaviour, measured, settings)
     return BuildResult(
         path=target,
         parity=report.to_json(),
@@ -151,6 +173,7 @@ def build(
         behaviour=None if behaviour is None else behaviour.to_json(),
         behaviour_table=None if behaviour is None else behaviour.table(),
         engines=manifest.engines,
+        engine_behaviour={entry.label: _with_table(found) for entry, found in measured},
         reused=reusable,
     )
 
@@ -166,6 +189,7 @@ def preview(model: str | Path, output: str | Path, settings: BuildSettings) -> B
     parameters = parameter_count(inputs.model)
     disk = _disk_bytes(inputs.model, settings)
     reusable = reusable_stages(target, earlier, inputs)
+    check_known_range(target, reusable, settings)
     if "verify" in reusable:
         steps = [(stage, "up to date") for stage in inputs.stages]
     else:
@@ -174,6 +198,42 @@ def preview(model: str | Path, output: str | Path, settings: BuildSettings) -> B
         steps = [(stage, "reused" if stage in reusable else "run") for stage in inputs.stages]
     memory = parameters * MEMORY_PER_PARAMETER[settings.dtype]
     return BuildPreview(tuple(steps), parameters, disk, memory)
+
+
+def check_known_range(target: Path, reusable: Sequence[str], settings: BuildSettings) -> None:
+    """Hold the guard against what a build takes from the bundle at its output, as far as that has plan and graph.
+
+    Whether an overflow was allowed then says nothing of now. Raises `InputError` as `check_range` does.
+    """
+    if settings.plan is not None:
+        plan = settings.plan
+    elif "calibrate" in reusable:
+        plan = target / PLAN
+    else:
+        return
+    if "verify" in reusable:
+        decoder = STEERED_DECODER
+    elif "export" in reusable:
+        decoder = UNSTEERED_DECODER
+    else:
+        return
+    check_range(SteeringPlan.load(plan), read_graph(target / decoder), allow_overflow=settings.allow_overflow)
+
+
+def check_prompts_fit(lalm: Lalm, inputs: BuildInputs, settings: BuildSettings) -> None:
+    """Refuse prompts that the engines' profiles do not admit, before anything is built.
+
+    Also where the engines cannot be run: who runs them asks the same. Raises `InputError` naming the longest.
+    """
+    engine = settings.engine
+    if inputs.decoder is None or not any(row.runtime is Runtime.TENSORRT for row in engine.backends):
+        return
+    profiles = engine.decoder_profiles(inputs.decoder, inputs.longest)
+    chosen = parity_requests(inputs.harmful, inputs.benign, count=settings.parity.prompts)
+    rows = min(BATCH_SIZE, engine.max_batch)
+    asked = [Asked(chosen, len(chosen), max(settings.parity.decode_steps, ROLLOUT_TOKENS - 1))]
+    asked += [Asked(requests, rows, settings.max_new_tokens - 1) for requests in inputs.evaluation.values()]
+    check_prompts(lalm, asked, inputs.decoder, profiles)
 
 
 def make_plan(lalm: Lalm, settings: BuildSettings, progress: Progress | None) -> SteeringPlan:
@@ -267,14 +327,36 @@ def prove(
     return report, behaviour
 
 
-def make_engines(
-    folder: Path, inputs: BuildInputs, settings: BuildSettings, progress: Progress | None
-) -> tuple[EngineEntry, ...]:
-    """Build every engine that was asked for into a bundle folder."""
-    return tuple(
-        add_engine(folder, backend, settings.engine, longest=inputs.longest, progress=progress)
-        for backend in settings.engine.backends
-    )
+def check_verdicts(report: ParityReport, proven: Sequence[tuple[EngineEntry, ParityReport]]) -> None:
+    """Raise `ParityError` unless the verdict on the graphs is passed and none on an engine is failed."""
+    _check_verdict("the steered engine", report, Verdict.PASSED)
+    for entry, judged in proven:
+        _check_verdict(f"the {entry.label} engine", judged, Verdict.PASSED, Verdict.NOT_EXECUTED)
+
+
+def measure_engine(
+    folder: Path,
+    entry: EngineEntry,
+    lalm: Lalm,
+    plan: SteeringPlan,
+    inputs: BuildInputs,
+    settings: BuildSettings,
+    progress: Progress | None,
+) -> BehaviourReport:
+    """Behaviour on an engine of a bundle folder that this machine runs."""
+    rows = rows_of(folder, entry)
+    with Bundle(folder, engine=entry.backend) as bundle:
+        return measure_behaviour(
+            lalm,
+            bundle,
+            plan,
+            inputs.evaluation,
+            settings.judge,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=BATCH_SIZE if rows is None else min(BATCH_SIZE, rows),
+            engine_name=entry.backend,
+            progress=progress,
+        )
 
 
 def finish(
@@ -283,20 +365,17 @@ def finish(
     report: ParityReport,
     proven: Sequence[tuple[EngineEntry, ParityReport]],
     behaviour: BehaviourReport | None,
+    measured: Sequence[tuple[EngineEntry, BehaviourReport]],
     settings: BuildSettings,
 ) -> Manifest:
-    """Write the reports and the final manifest.
-
-    Raises `ParityError` unless the verdict on the graphs is passed and none on an engine is failed.
-    """
-    _check_verdict("the steered engine", report, Verdict.PASSED)
-    for entry, judged in proven:
-        _check_verdict(f"the {entry.label} engine", judged, Verdict.PASSED, Verdict.NOT_EXECUTED)
+    """Write the reports and the final manifest."""
     _write_parity(folder / PARITY_REPORT, report)
     for entry, judged in proven:
         _write_parity(folder / entry.report, judged)
     if behaviour is not None:
-        _write_json(folder / BEHAVIOUR_REPORT, behaviour.to_json() | {"table": behaviour.table()})
+        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour))
+    for entry, found in measured:
+        _write_json(folder / entry.behaviour, _with_table(found))
     if not settings.keep_unsteered:
         (folder / UNSTEERED_DECODER).unlink()
     parity = {"verdict": report.verdict.value, "backend": report.backend, "precision": report.precision}
@@ -313,6 +392,10 @@ def _check_verdict(engine: str, report: ParityReport, *good: Verdict) -> None:
             f"parity of {engine} with the steered eager model failed; nothing was written:\n  "
             + "\n  ".join(report.failures())
         )
+
+
+def _with_table(report: BehaviourReport) -> dict[str, Any]:
+    return report.to_json() | {"table": report.table()}
 
 
 def _write_parity(path: Path, report: ParityReport) -> None:
@@ -336,7 +419,7 @@ def _disk_bytes(model: Path, settings: BuildSettings) -> int:
     """About how large the bundle will be: the weights once for the graphs and once for every engine."""
     built = [row for row in settings.engine.backends if row.runtime is Runtime.TENSORRT]
     weights = parameter_count(model) * BYTES_PER_PARAMETER[settings.dtype]
-    return weights * (1 + len(built)) + BYTES_BESIDE_WEIGHTS
+    return weights + BYTES_BESIDE_WEIGHTS + len(built) * (weights + BYTES_BESIDE_ENGINE_WEIGHTS)
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -359,6 +442,11 @@ def _up_to_date(target: Path, manifest: Manifest) -> BuildResult:
         behaviour=behaviour,
         behaviour_table=None if behaviour is None else behaviour["table"],
         engines=manifest.engines,
+        engine_behaviour={
+            entry.label: json.loads((target / entry.behaviour).read_text(encoding="utf-8"))
+            for entry in manifest.engines
+            if (target / entry.behaviour).is_file()
+        },
         reused=tuple(manifest.stages),
     )
 

@@ -17,6 +17,7 @@ from calibration.errors import InputError
 from calibration.plan import check_plan_fits
 from graph_passes.norm_precision import largest_finite, narrowest_type, norm_precisions, type_name
 from graph_passes.residual_stream import find_residual_stream
+from graph_passes.scopes import decoder_scopes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
     from calibration.plan import SteeringPlan
+    from graph_passes.residual_stream import ResidualStream
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,16 @@ class _Use:
     fails: bool
 
 
-def check_range(plan: SteeringPlan, graph: ModelProto, *, allow_overflow: bool = False) -> list[str]:
+def check_range(
+    plan: SteeringPlan,
+    graph: ModelProto,
+    *,
+    stream: ResidualStream | None = None,
+    allow_overflow: bool = False,
+) -> list[str]:
     """Compare what calibration measured with what a decoder graph, steered or not, can hold.
+
+    `stream`: the graph's residual stream, where it was found already; of a merged decoder, the first body's.
 
     Returns the warnings, which are also logged: overflow in types other than float16, in operators that
     leave their precision to the runtime, or, with `allow_overflow`, any; and that nothing was measured
@@ -58,30 +68,14 @@ def check_range(plan: SteeringPlan, graph: ModelProto, *, allow_overflow: bool =
     sums before it divides can overflow earlier. Raises `InputError` when float16 overflows, when the plan's
     measurements are malformed or when it is for another shape of decoder.
     """
-    stream = find_residual_stream(graph)
+    graph = decoder_scopes(graph)[0].view(graph)
+    if stream is None:
+        stream = find_residual_stream(graph)
     check_plan_fits(plan, hidden_size=stream.hidden_size, num_layers=len(stream.blocks))
     norms = norm_precisions(graph, stream)
     magnitudes = plan_magnitudes(plan)
     if magnitudes is None:
-        narrowest = narrowest_type([stream.elem_type, *(norm.elem_type for norm in norms)])
-        if narrowest != TensorProto.FLOAT16:
-            return []
-        return _warn(
-            [
-                f"the plan says nothing of the residual stream's largest magnitude ({PROVENANCE_KEY!r} in its "
-                "provenance, written by calibration); whether float16 holds its square was not checked"
-            ]
-        )
-    held = type_name(stream.elem_type)
-    holds = [
-        _Use(
-            block.index,
-            largest_finite(stream.elem_type),
-            f"the graph holds it in {held}, up to {largest_finite(stream.elem_type):g}",
-            fails=stream.elem_type == TensorProto.FLOAT16,
-        )
-        for block in stream.blocks
-    ]
+        return _unmeasured([stream.elem_type, *(norm.elem_type for norm in norms)])
     squares = []
     for norm in norms:
         largest = largest_finite(norm.elem_type)
@@ -94,8 +88,34 @@ def check_range(plan: SteeringPlan, graph: ModelProto, *, allow_overflow: bool =
         squares.append(_Use(norm.block, limit, what, fails=fails))
     certain = [use for use in squares if use.fails]
     uncertain = [use for use in squares if not use.fails]
+    return _judge(
+        [_holds(stream.elem_type, magnitudes, "graph"), certain, uncertain], magnitudes, allow_overflow
+    )
+
+
+def check_stream_range(plan: SteeringPlan, elem_type: int, *, allow_overflow: bool = False) -> list[str]:
+    """Compare what calibration measured with what an engine can hold, whose stream is of an ONNX element type.
+
+    What an engine squares in which type cannot be seen any more. Returns and raises as `check_range` does.
+    """
+    magnitudes = plan_magnitudes(plan)
+    if magnitudes is None:
+        return _unmeasured([elem_type])
+    return _judge([_holds(elem_type, magnitudes, "engine")], magnitudes, allow_overflow)
+
+
+def _holds(elem_type: int, magnitudes: StreamMagnitudes, what: str) -> list[_Use]:
+    """That the stream is held in every block."""
+    limit = largest_finite(elem_type)
+    told = f"the {what} holds it in {type_name(elem_type)}, up to {limit:g}"
+    fails = elem_type == TensorProto.FLOAT16
+    return [_Use(block, limit, told, fails=fails) for block in range(len(magnitudes.unsteered))]
+
+
+def _judge(kinds: Iterable[Iterable[_Use]], magnitudes: StreamMagnitudes, allow_overflow: bool) -> list[str]:
+    """The worst of every kind of use, as a warning or, where it fails and is not allowed, as an error."""
     warnings: list[str] = []
-    for uses in (holds, certain, uncertain):
+    for uses in kinds:
         found = _overflow(uses, magnitudes)
         if found is None:
             continue
@@ -104,6 +124,18 @@ def check_range(plan: SteeringPlan, graph: ModelProto, *, allow_overflow: bool =
             raise InputError(f"{message}, or go on with --allow-overflow")
         warnings.append(message)
     return _warn(warnings)
+
+
+def _unmeasured(elem_types: list[int]) -> list[str]:
+    """What there is to say of a plan that was not measured, for a stream that is held and squared in these types."""
+    if narrowest_type(elem_types) != TensorProto.FLOAT16:
+        return []
+    return _warn(
+        [
+            f"the plan says nothing of the residual stream's largest magnitude ({PROVENANCE_KEY!r} in its "
+            "provenance, written by calibration); whether float16 holds its square was not checked"
+        ]
+    )
 
 
 def plan_magnitudes(plan: SteeringPlan) -> StreamMagnitudes | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +16,14 @@ from graph_passes.insertion import by_anchor
 from graph_passes.names import edit_names
 from graph_passes.onnx_file import read_graph
 from graph_passes.refit import plan_constants, refit_model
+from graph_passes.selection import STRENGTH_INPUT
 from graph_passes.steering_in import edit_initializers
-from sarsteer_export.bundle.manifest import FORMAT, MANIFEST
-from sarsteer_export.patching import check_output_name, write_decoder
-from sarsteer_export.staging import check_output, staged_file
+from sarsteer_export.decoder_file import check_output_name, write_decoder
+from sarsteer_export.range_guard import check_range, check_stream_range
+from sarsteer_export.staging import check_output, check_outside_bundle, staged_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
@@ -50,13 +49,15 @@ def refit(
     *,
     force: bool = False,
     overwrite: bool = False,
+    allow_overflow: bool = False,
 ) -> RefitResult:
     """Replace the steering constants of a steered ONNX file or engine by those of `plan`, in place or into `output`.
 
     The plan must have the same edits as the one that steered the file; only their values may differ. `force`
     accepts a plan that was made for another model of the same shape. `overwrite`: replace `output` if it
-    exists; in place needs no leave. Raises `InputError` for bad input, and for a file inside a bundle that
-    would be replaced; for an engine also `UnsupportedError` when it was not built to be refitted, or where it
+    exists; in place needs no leave. `allow_overflow`: only warn of float16 that cannot hold what calibration
+    saw. Raises `InputError` for bad input, and for an output
+    inside a bundle; for an engine also `UnsupportedError` when it was not built to be refitted, or where it
     cannot be opened.
     """
     source = Path(path)
@@ -68,22 +69,30 @@ def refit(
     chosen = plan if isinstance(plan, SteeringPlan) else SteeringPlan.load(plan)
     target = source if output is None else Path(output)
     check_outside_bundle(target)
-    return verbs[source.suffix](source, chosen, target, force=force, overwrite=overwrite or output is None)
+    return verbs[source.suffix](
+        source,
+        chosen,
+        target,
+        force=force,
+        overwrite=overwrite or output is None,
+        allow_overflow=allow_overflow,
+    )
 
 
 def refit_graph(
-    source: Path, plan: SteeringPlan, target: Path, *, force: bool, overwrite: bool
+    source: Path, plan: SteeringPlan, target: Path, *, force: bool, overwrite: bool, allow_overflow: bool
 ) -> RefitResult:
     """Refit a steered ONNX file; beside it the result shares its external data, elsewhere gets a copy."""
     graph = read_graph(source)
-    check_output_name(graph, target)
+    check_output_name(graph, source, target)
     refitted = refit_model(graph, plan, force=force)
+    check_range(plan, refitted, allow_overflow=allow_overflow)
     write_decoder(refitted, source, target, overwrite=overwrite)
     return RefitResult(target, tuple(edit_initializers(refitted)), plan.digest())
 
 
 def refit_built_engine(
-    source: Path, plan: SteeringPlan, target: Path, *, force: bool, overwrite: bool
+    source: Path, plan: SteeringPlan, target: Path, *, force: bool, overwrite: bool, allow_overflow: bool
 ) -> RefitResult:
     """Refit an engine; the result's sidecar lies beside it."""
     if target.suffix != ENGINE_SUFFIX:
@@ -95,6 +104,9 @@ def refit_built_engine(
     check_output(sidecar_of(target), overwrite=overwrite)
     record = EngineRecord.read(sidecar_of(source))
     constants = engine_constants(record, plan, force=force)
+    if record.precision in ELEM_TYPES:
+        elem_type = TensorProto.DataType.Value(ELEM_TYPES[record.precision])
+        check_stream_range(plan, elem_type, allow_overflow=allow_overflow)
     from engines.trt.refit import refit_engine  # imports PyTorch, in whose memory engines live
 
     with staged_file(target, overwrite=overwrite) as staged:
@@ -115,12 +127,13 @@ def engine_constants(
     fingerprint = record.graph.get("model_fingerprint")
     check_plan_fits(
         plan,
-        hidden_size=plan.hidden_size,  # shapes tell: they are compared when the engine is refitted
+        hidden_size=_width(held.values()) or plan.hidden_size,
         num_layers=plan.num_layers,
         fingerprint=fingerprint,
         force=force,
     )
-    constants = plan_constants(plan, lambda edit: _stream_type(held, edit))
+    baked = all(binding.name != STRENGTH_INPUT for binding in record.inputs)
+    constants = plan_constants(plan, lambda edit: _stream_type(held, edit), baked=baked)
     if odd := sorted(held.keys() ^ constants.keys()):
         side = "the engine" if odd[0] in held else "the plan"
         raise InputError(
@@ -139,6 +152,14 @@ def engine_constants(
     return {name: values for name, values in constants.items() if values.ndim}
 
 
+def _width(held: Iterable[NetworkConstant]) -> int | None:
+    """The width of the stream, as the first constant along it shows; basis_scaled is the one that lies across."""
+    along = ("vector", "mean", "basis")
+    return next(
+        (each.shape[0] for each in held if each.shape and each.name.rpartition(".")[2] in along), None
+    )
+
+
 class _Places:
     """Names for the tensors of the stream: the output of a block is the input of the next."""
 
@@ -154,23 +175,5 @@ class _Places:
 
 def _stream_type(held: Mapping[str, NetworkConstant], edit: str) -> int:
     """The element type of the stream at an edit, as its constants show it."""
-    shown = held.get(f"{edit}.vector") or held.get(f"{edit}.nothing")
+    shown = held.get(f"{edit}.nothing") or held.get(f"{edit}.vector")
     return TensorProto.DataType.Value(ELEM_TYPES[shown.dtype]) if shown else int(TensorProto.FLOAT)
-
-
-def check_outside_bundle(target: Path) -> None:
-    """Raise `InputError` when a file to be replaced is a bundle's."""
-    folder = target.parent.resolve()
-    for bundle in (folder, *folder.parents[:2]):
-        if target.exists() and _is_bundle(bundle):
-            raise InputError(
-                f"{target}: belongs to the bundle {bundle}, whose hashes and parity verdict would no longer "
-                "hold; name an output outside the bundle with -o"
-            )
-
-
-def _is_bundle(folder: Path) -> bool:
-    with suppress(OSError, ValueError, RecursionError):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-    return False

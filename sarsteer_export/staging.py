@@ -15,7 +15,7 @@ from calibration.errors import InputError, SarsteerError
 from sarsteer_export.bundle.manifest import FORMAT, MANIFEST
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 FULL = {
     errno.ENOSPC: "no space left on the device",
@@ -54,6 +54,24 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
     return target
 
 
+def check_outside_bundle(path: str | Path) -> None:
+    """Raise `InputError` for a file that would be written into a bundle, in place of one of its own or beside them."""
+    target = Path(path)
+    folder = target.parent.resolve()
+    bundle = next((place for place in (folder, *folder.parents) if _is_bundle(place)), None)
+    if bundle is None:
+        return
+    if target.exists():
+        raise InputError(
+            f"{target}: belongs to the bundle {bundle}, whose hashes and parity verdict would no longer "
+            "hold; name an output outside the bundle with -o"
+        )
+    raise InputError(
+        f"{target}: lies inside the bundle {bundle}, which holds nothing but what its manifest lists; name an output "
+        "outside the bundle with -o"
+    )
+
+
 @contextmanager
 def staged_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill; it becomes `path` when the block ends well, and is removed when it does not.
@@ -77,18 +95,65 @@ def staged_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
 
 @contextmanager
 def staged_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A file path to write; it becomes `path` when the block ends well. Files written beside it come along."""
+    """A file path to write; it becomes `path` when the block ends well. Files written beside it come along.
+
+    With `overwrite`, what stood at `path`, and where those files go, is replaced at the end, and kept until then.
+    """
     target = check_output(path, overwrite=overwrite)
     if target.is_dir():
         raise InputError(f"{target}: is a directory; expected the name of a file")
     with _staging(target) as staging:
-        yield staging / target.name
-        whole = staging / target.name
-        for file in [file for file in staging.rglob("*") if file.is_file() and file != whole]:
-            place = target.parent / file.relative_to(staging)
-            place.parent.mkdir(parents=True, exist_ok=True)
+        folder = staging / "new"
+        folder.mkdir()
+        yield folder / target.name
+        whole = folder / target.name
+        others = [file for file in folder.rglob("*") if file.is_file() and file != whole]
+        _move(
+            whole,
+            target,
+            {file: target.parent / file.relative_to(folder) for file in others},
+            staging / "old",
+        )
+
+
+def _move(whole: Path, target: Path, places: Mapping[Path, Path], kept: Path) -> None:
+    """Move `whole` to `target` when all files of `places` are in theirs; until then what stood there is kept.
+
+    When a file cannot be moved, or on Ctrl-C, everything is put back.
+    """
+    kept.mkdir()
+    made: list[Path] = []
+    old = {place: kept / str(number) for number, place in enumerate(places.values())}
+    try:
+        for file, place in places.items():
+            if place.is_dir():
+                raise InputError(
+                    f"{place}: is a directory; a file of that name is to be written; remove it yourself"
+                )
+            _make_folders(place.parent, made)
+            if place.exists() or place.is_symlink():
+                place.replace(old[place])
             file.replace(place)
         whole.replace(target)
+    except BaseException:
+        if not whole.exists():  # an interrupt after the last step: the output is complete
+            raise
+        for file, place in places.items():  # by what is where: an interrupt may fall between any two steps
+            if not file.exists():
+                place.replace(file)
+            if old[place].exists() or old[place].is_symlink():
+                old[place].replace(place)
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _is_bundle(folder: Path) -> bool:
+    with suppress(OSError, ValueError, RecursionError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    return False
 
 
 def foreign_file(folder: Path) -> str | None:

@@ -119,6 +119,7 @@ def build_engine(
         build=BuildFacts(
             round(time.monotonic() - start, 3),
             peak.peak_bytes,
+            peak.start_bytes,
             layers,
             f"{platform.system()} {platform.machine()}",
         ),
@@ -188,7 +189,12 @@ def _add_profiles(network: Network, config: Any, profiles: Sequence[Profile]) ->
     for profile in profiles:
         shapes = network.builder.create_optimization_profile()
         for name, allowed in profile.shapes.items():
-            shapes.set_shape(name, allowed.min, allowed.opt, allowed.max)
+            try:
+                shapes.set_shape(name, allowed.min, allowed.opt, allowed.max)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise EngineError(
+                    f"{network.backend.name} refuses shapes {allowed} of {name!r} in profile {profile.name!r}: {error}"
+                ) from error
         if config.add_optimization_profile(shapes) < 0:
             raise EngineError(
                 f"{network.backend.name} refuses profile {profile.name!r}: "

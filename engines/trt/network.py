@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 
 from calibration.errors import EngineError, InputError, SarsteerError, UnsupportedError
 from engines.sidecar import NetworkConstant
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 UNKNOWN_OPS = ("INVALID_NODE", "UNSUPPORTED_NODE")
 """How the parser's error codes begin when an operator, or what a node makes of it, is not known."""
+INVALID = ("INVALID_NODE", "INVALID_GRAPH")
+"""Its codes for a node of a known operator that cannot be, such as a product of shapes that do not match."""
+NO_DRIVER_LINE = "catchCudaError"
+"""A line that every error carries along on a machine without a driver. It is never the reason."""
 CARRYING = frozenset({"SHUFFLE", "CAST", "IDENTITY", "SELECT", "SQUEEZE", "UNSQUEEZE", "SLICE"})
 """Layers that hand values on without computing with them; broadcasts are among them."""
 
@@ -59,7 +64,8 @@ def parse(graph: Path, backend: Backend, content: bytes | None = None) -> Networ
 
     `content`: a serialized graph to parse in place of the file's; its external data lies beside `graph`.
     Dimensions that an exporter wrote as numeric strings become numbers. Raises `UnsupportedError` naming the
-    operator and its node when the parser does not know it, `EngineError` for what else it refuses.
+    operator and its node when the parser does not know it, `InputError` naming the node that is invalid or the file
+    that is no model, `EngineError` for what else it refuses.
     """
     trt: Any = backend.load()
     log = log_of(backend)
@@ -215,16 +221,29 @@ def _parse_error(graph: Path, parser: Any, backend: Backend, lines: list[str]) -
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
     where = f"{backend.name} cannot parse {graph}"
     at_node = next((error for error in errors if error.node_operator()), None)
-    if at_node is not None and enum_name(at_node.code()).startswith(UNKNOWN_OPS):
-        return UnsupportedError(
-            f"{where}: operator {at_node.node_operator()!r} of node {at_node.node()} ({at_node.node_name()!r}) is "
-            f"not supported there ({at_node.desc()}); export the decoder with ONNX's own operators"
-        )
+    if at_node is not None:
+        operator, code = at_node.node_operator(), enum_name(at_node.code())
+        node = f"node {at_node.node()} ({at_node.node_name()!r})"
+        if code in INVALID and onnx.defs.has(operator):
+            return InputError(
+                f"{where}: {node}, {operator}, is invalid: {_one_line(at_node.desc())}; correct the graph, or export "
+                "it again"
+            )
+        if code.startswith(UNKNOWN_OPS):
+            return UnsupportedError(
+                f"{where}: operator {operator!r} of {node} is not supported there ({_one_line(at_node.desc())}); "
+                "export the decoder with ONNX's own operators"
+            )
     told = (
-        "; ".join(dict.fromkeys(error.desc() for error in errors))
+        "; ".join(dict.fromkeys(_one_line(error.desc()) for error in errors))
         or "; ".join(lines)
         or "it does not say why"
     )
     if any(enum_name(error.code()) == "MODEL_DESERIALIZE_FAILED" for error in errors):
         return InputError(f"{where}: not a readable ONNX model; is it truncated? ({told})")
     return EngineError(f"{where}: {told}")
+
+
+def _one_line(text: str) -> str:
+    kept = [line.strip() for line in text.splitlines() if NO_DRIVER_LINE not in line]
+    return " ".join(filter(None, kept))

@@ -71,6 +71,11 @@ class EngineEntry:
         """Its parity report, relative to the bundle."""
         return PARITY_REPORT.with_stem(f"parity-{self.label}")
 
+    @property
+    def behaviour(self) -> Path:
+        """Where its behaviour is reported when it was measured, relative to the bundle."""
+        return BEHAVIOUR_REPORT.with_stem(f"behaviour-{self.label}")
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -14,6 +14,7 @@ COMMANDS = {
     "calibrate": "Compute the steering plan of a model from spoken requests.",
     "export": "Export a model to ONNX, unsteered.",
     "patch": "Bake a plan into an ONNX decoder.",
+    "unpatch": "Take the steering out of a steered ONNX decoder.",
     "build-engine": "Build TensorRT engines of an ONNX file.",
     "refit": "Swap the steering of a steered ONNX file or engine.",
     "verify": "Run parity again from a bundle and its checkpoint.",

@@ -17,6 +17,7 @@ from sarsteer_export.cli.options import (
     engine_options,
     engine_settings,
     force_option,
+    overflow_option,
     overwrite_option,
     parity_options,
 )
@@ -48,11 +49,7 @@ if TYPE_CHECKING:
 )
 @device_options
 @engine_options
-@click.option(
-    "--allow-overflow",
-    is_flag=True,
-    help="Build even where calibration saw values that float16 cannot square.",
-)
+@overflow_option
 @click.option("--dry-run", is_flag=True, help="Say what would happen and what it needs; write nothing.")
 @force_option
 @overwrite_option
@@ -82,10 +79,11 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
     )
     if dry_run:
         found = preview(model, output, settings)
-        lines = [f"{stage:10} {fate}" for stage, fate in found.steps]
-        lines.append(f"parameters {found.parameters / 1e6:,.1f} M")
-        lines.append(f"disk       {found.disk_bytes / 1e6:,.1f} MB for the bundle (estimate)")
-        lines.append(f"memory     {found.memory_bytes / 1e6:,.1f} MB beside the libraries (estimate)")
+        width = max(10, *(len(stage) for stage, _ in found.steps))
+        lines = [f"{stage:{width}} {fate}" for stage, fate in found.steps]
+        lines.append(f"{'parameters':{width}} {found.parameters / 1e6:,.1f} M")
+        lines.append(f"{'disk':{width}} {found.disk_bytes / 1e6:,.1f} MB for the bundle (estimate)")
+        lines.append(f"{'memory':{width}} {found.memory_bytes / 1e6:,.1f} MB beside the libraries (estimate)")
         emit(dataclasses.asdict(found), "\n".join(lines), as_json=as_json)
         return
     quiet_transformers()
@@ -93,6 +91,7 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
     parts = [result.parity_table]
     if result.behaviour_table is not None:
         parts.append(result.behaviour_table)
+    parts += [report["table"] for report in result.engine_behaviour.values()]
     parts += [
         f"engine {entry.label}: {entry.verdict}" + ("" if entry.reason is None else f" ({entry.reason})")
         for entry in result.engines
@@ -105,6 +104,7 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         "parity": result.parity,
         "behaviour": result.behaviour,
         "engines": [dataclasses.asdict(entry) for entry in result.engines],
+        "engine_behaviour": result.engine_behaviour,
         "reused": list(result.reused),
     }
     emit(summary, "\n\n".join(parts), as_json=as_json)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from calibration.errors import InputError
 from sarsteer_export.cli.command import Command, emit
-from sarsteer_export.cli.options import ANY_PATH
+from sarsteer_export.cli.options import ANY_PATH, FILE, overwrite_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,16 +16,44 @@ if TYPE_CHECKING:
 
 @click.command("inspect", cls=Command)
 @click.argument("path", type=ANY_PATH)
-def command(path: Path, as_json: bool) -> None:
+@click.option(
+    "--sites",
+    type=FILE,
+    default=None,
+    help="Write the sites of an ONNX decoder as a JSON file to edit, for `patch --sites`.",
+)
+@click.option(
+    "--svg", type=FILE, default=None, help="Draw a block of an ONNX decoder, before and after steering."
+)
+@click.option(
+    "--block",
+    type=int,
+    default=None,
+    help="Block to draw.  [default: the first that is steered, else block 0]",
+)
+@overwrite_option
+def command(
+    path: Path, sites: Path | None, svg: Path | None, block: int | None, overwrite: bool, as_json: bool
+) -> None:
     """Show what is in PATH: a plan (.safetensors), an ONNX file, an engine (.engine), or a bundle folder.
 
-    An engine is described by its sidecar, and opened too where there is a GPU.
+    Of a decoder: a table of its residual stream, what reads it, and the edits in the order in which they act.
+    Where its sites are not found, --sites writes what is known and the nearest candidates, to be completed by
+    hand. An engine is described by its sidecar, and opened too where there is a GPU.
 
     \b
     Example:
-      sarsteer-export inspect build/pocket_lalm/onnx/decoder_model_merged.onnx
+      sarsteer-export inspect build/pocket_lalm/onnx/decoder_model_merged.onnx --svg block.svg --block 3
     """
-    from sarsteer_export.inspection import inspect
+    from sarsteer_export.inspection.inspect import inspect
+    from sarsteer_export.inspection.written import check_outputs, with_picture, with_sites_file
 
+    if block is not None and svg is None:
+        raise InputError("--block says which block to draw; name a picture with --svg")
     found = inspect(path)
+    check_outputs(path, [output for output in (svg, sites) if output is not None], overwrite=overwrite)
+    if svg is not None:
+        found = with_picture(found, path, svg, block, overwrite=overwrite)
+    if sites is not None:
+        found = with_sites_file(found, path, sites, overwrite=overwrite)
     emit(found.content, found.text, as_json=as_json)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from calibration.errors import InputError
 from engines.backends import BACKENDS, CPU_BACKEND
@@ -29,6 +30,11 @@ engine_option = click.option(
 )
 force_option = click.option(
     "--force", is_flag=True, help="Accept a plan that was made for another model of the same shape."
+)
+overflow_option = click.option(
+    "--allow-overflow",
+    is_flag=True,
+    help="Go on even where calibration saw values that float16 cannot hold or square.",
 )
 device_options = options(
     click.option("--device", default="cpu", show_default=True, help="PyTorch device of the eager model."),
@@ -123,10 +129,15 @@ def engine_settings(given: dict[str, Any]) -> EngineSettings:
 
     repeated = ("engines", "min_shapes", "opt_shapes", "max_shapes", "profiles", "compute_capabilities")
     values: dict[str, Any] = {name: tuple(given.pop(name)) for name in repeated}
-    values |= {name: given.pop(name) for name in ("max_batch", "max_prompt", "max_total")}
+    limits = ("max_batch", "max_prompt", "max_total")
+    values |= {name: given.pop(name) for name in limits}
+    context = click.get_current_context()
     needless = [name for name in repeated[1:] if values[name]]
+    needless += [name for name in limits if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
     if needless and not values["engines"]:
-        raise InputError("shapes, profiles and compute capabilities are an engine's; name one with --engine")
+        raise InputError(
+            "shapes, their limits, profiles and compute capabilities are an engine's; name one with --engine"
+        )
     return EngineSettings(**values)
 
 

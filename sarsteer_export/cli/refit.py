@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sarsteer_export.cli.command import Command, emit
-from sarsteer_export.cli.options import FILE, force_option, overwrite_option
+from sarsteer_export.cli.options import FILE, force_option, overflow_option, overwrite_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,16 +18,15 @@ if TYPE_CHECKING:
 @click.option("--plan", type=FILE, required=True, help="New steering plan (safetensors), of the same edits.")
 @click.option("--output", "-o", type=FILE, help="File to write; STEERED itself is replaced when left out.")
 @force_option
+@overflow_option
 @overwrite_option
-def command(
-    steered: Path, plan: Path, output: Path | None, force: bool, overwrite: bool, as_json: bool
-) -> None:
+def command(steered: Path, plan: Path, output: Path | None, as_json: bool, **given: bool) -> None:
     """Swap the steering of STEERED, a steered ONNX file or an engine, for that of another plan.
 
     Only the values of the steering constants change: strengths, vectors, bases and means. The new plan must
     have the same edits, at the same layers, sites and positions. Weights are not touched: beside an ONNX file,
     the output shares them; in another folder they are copied. An engine must have been built to be refitted,
-    which its sidecar says, and needs its GPU. A file inside a bundle is not replaced.
+    which its sidecar says, and needs its GPU. Nothing is written into a bundle.
 
     \b
     Examples:
@@ -37,7 +36,7 @@ def command(
     """
     from sarsteer_export.refitting import refit
 
-    result = refit(steered, plan, output, force=force, overwrite=overwrite)
+    result = refit(steered, plan, output, **given)
     content = {
         "output": str(result.output),
         "plan_sha256": result.plan_sha256,

@@ -67,7 +67,7 @@ def engine(tmp_path: Path) -> Path:
         plan_sha256=None,
         steering=(),
         refit=Refit((), "the graph holds no steering constants"),
-        build=BuildFacts(1.0, 1, 1, "test"),
+        build=BuildFacts(1.0, 1, 1, 1, "test"),
         warnings=(),
     ).write(sidecar_of(path))
     return path

@@ -104,6 +104,16 @@ def test_a_limit_below_one_is_refused_by_its_option(name: str) -> None:
         ProfileLimits(**{name: 0})
 
 
+@pytest.mark.parametrize("name", ["max_batch", "max_prompt", "max_total"])
+def test_a_limit_beyond_tensorrt_is_refused_by_its_option(name: str) -> None:
+    """Its bindings cut 99999999999 down to an int32, and build for that."""
+    most = 2**31 - 1
+    assert ProfileLimits(**{"max_total": most, name: most}).max_total == most
+    for size in (most + 1, 99999999999):
+        with refusal(f"--{name.replace('_', '-')} is {size}; expected 1 to {most}"):
+            ProfileLimits(**{"max_total": most, name: size})
+
+
 def test_a_prompt_longer_than_the_total_is_refused() -> None:
     assert ProfileLimits(max_prompt=64, max_total=64).max_prompt == 64
     with refusal("--max-prompt 65", "--max-total 64"):
@@ -459,10 +469,42 @@ def test_min_opt_and_max_must_be_in_order() -> None:
         explicit(low="inputs_embeds:1x8x128", opt="inputs_embeds:1x4x128", high="inputs_embeds:1x16x128")
 
 
+@pytest.mark.parametrize("past", [2**31 - 8, 2**31 - 1])
+def test_past_and_sequence_together_stay_within_what_tensorrt_takes(past: int) -> None:
+    low = "inputs_embeds:1x1x128,past_key_values.0.key:1x2x0x32"
+    with refusal("axis 1 of 'attention_mask' is up to", f"{past + 8}", f"at most {2**31 - 1}"):
+        explicit(low=low, opt=low, high=f"inputs_embeds:1x8x128,past_key_values.0.key:1x2x{past}x32")
+    largest = f"inputs_embeds:1x7x128,past_key_values.0.key:1x2x{2**31 - 8}x32"
+    (profile,) = explicit(low=low, opt=low, high=largest)
+    assert profile.shapes["attention_mask"].max == (1, 2**31 - 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("inputs_embeds:0x8x128", "batch is 0 in 'inputs_embeds'; expected 1 or more"),
+        ("inputs_embeds:1x0x128", "sequence is 0 in 'inputs_embeds'; expected 1 or more"),
+        ("past_key_values.0.key:0x2x4x32", "batch is 0 in 'past_key_values.0.key'"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["low", "opt", "high"])
+def test_a_pass_without_rows_or_tokens_is_refused(text: str, words: str, kind: str) -> None:
+    with refusal({"low": "min", "opt": "opt", "high": "max"}[kind] + " shapes: " + words):
+        explicit(**{kind: text})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "told"), [("low", "min"), ("opt", "opt"), ("high", "max")])
+def test_a_refusal_names_the_shapes_that_were_given(kind: str, told: str) -> None:
+    """Also where other kinds were copied from them."""
+    with refusal(f"profile 'profile-0', {told} shapes: axis 2 of 'inputs_embeds' is 64"):
+        explicit(**{kind: "inputs_embeds:1x8x64"})  # type: ignore[arg-type]
+
+
 sizes_strategy = st.lists(st.integers(0, 5000), min_size=3, max_size=3).map(sorted)
+counts_strategy = st.lists(st.integers(1, 5000), min_size=3, max_size=3).map(sorted)
 
 
-@given(sizes_strategy, sizes_strategy, sizes_strategy, limits_strategy)
+@given(counts_strategy, counts_strategy, sizes_strategy, limits_strategy)
 def test_any_ordered_sizes_of_some_roles_make_a_profile(
     batch: list[int], sequence: list[int], past: list[int], limits: ProfileLimits
 ) -> None:
@@ -482,7 +524,8 @@ def test_any_ordered_sizes_of_some_roles_make_a_profile(
 
 @given(sizes_strategy, st.sampled_from(["", ",position_ids", ",past_key_values.0.key"]), st.data())
 def test_any_ordered_totals_are_shared_out(totals: list[int], with_role: str, data: st.DataObject) -> None:
-    part = data.draw(st.lists(st.integers(0, totals[0]), min_size=1, max_size=1))[0]
+    least = 1 if with_role == ",position_ids" else 0
+    part = data.draw(st.integers(least, max(totals[0], least)))
     suffix = {"": "", ",position_ids": f":1x{part}", ",past_key_values.0.key": f":1x2x{part}x32"}[with_role]
     low, opt, high = (f"attention_mask:1x{total}{with_role}{suffix}" for total in totals)
     (profile,) = explicit(low=low, opt=opt, high=high)

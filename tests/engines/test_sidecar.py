@@ -38,7 +38,7 @@ RECORD = EngineRecord(
     plan_sha256="c" * 64,
     steering=(NetworkConstant("sarsteer.0.x", "bfloat16", (64,), "ELEMENTWISE SUM", "add", False),),
     refit=Refit(("sarsteer.0.x",), None),
-    build=BuildFacts(1.5, 3_000_000_000, 88, "Linux x86_64"),
+    build=BuildFacts(1.5, 3_000_000_000, 1_000_000_000, 88, "Linux x86_64"),
     warnings=("a line of the builder's log",),
 )
 names = st.text(max_size=8)
@@ -68,7 +68,7 @@ records = st.builds(
         st.builds(NetworkConstant, names, names, shapes, names, names, st.booleans()), max_size=2
     ).map(tuple),
     refit=st.builds(Refit, st.lists(names, max_size=2).map(tuple), st.none() | names),
-    build=st.builds(BuildFacts, st.floats(0, 1e9), counts, counts, names),
+    build=st.builds(BuildFacts, st.floats(0, 1e9), counts, counts, counts, names),
     warnings=st.lists(names, max_size=2).map(tuple),
 )
 

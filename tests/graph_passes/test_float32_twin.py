@@ -333,10 +333,10 @@ def no_graph(home: Path) -> None:
     [
         (damaged_length, ("model.onnx", "'w' has 22 bytes", "expected 24", r"\(3, 4\)", "damaged")),
         (truncated, ("w.bin has 23 bytes", "at least 24")),
-        (truncated_without_length, ("'w' has 23 bytes", "expected 24")),
+        (truncated_without_length, ("w.bin has 23 bytes", "at least 24")),
         (missing, ("w.bin is missing",)),
         (outside, ("leaves the graph's folder",)),
-        (outside_from_a_function, ("'c' of a function", "'../w.bin'", "in the graph file")),
+        (outside_from_a_function, ("'c'", "'../w.bin'", "leaves the graph's folder")),
         (no_graph, ("not a readable ONNX model",)),
     ],
 )

@@ -121,6 +121,24 @@ def test_without_a_driver_only_the_cpu_runs_and_only_enterprise_tensorrt_does_no
 
 
 @pytest.mark.parametrize(
+    ("library", "told"),
+    [
+        ("libcublasLt.so.13: cannot open shared object file: No such file or directory", True),
+        ("libcuda.so.1: cannot open shared object file: No such file or directory", False),
+        ("CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version", False),
+    ],
+)
+def test_a_missing_library_is_told_beside_a_missing_driver(library: str, told: bool) -> None:
+    """Both have to be mended; what fails for want of a driver is no trouble of its own."""
+    trial = Trial("1.31.1", run_problem=library, details=PROVIDERS)
+    found = diagnose(driven(tried(machine(), onnxruntime_cuda=trial), NO_DRIVER))
+    listed = obstacles(found, "onnxruntime-cuda", "runs")
+    assert NO_DRIVER in listed
+    remedy = listed.get(f"CUDAExecutionProvider does not run: {library}")
+    assert (remedy == 'pip install "onnxruntime-gpu[cuda,cudnn]"') if told else remedy is None
+
+
+@pytest.mark.parametrize(
     ("problem", "remedy"),
     [
         (NO_DRIVER, "use a machine with an NVIDIA GPU"),

@@ -404,22 +404,35 @@ def test_one_engine_in_the_way_and_none_is_built(steered: Path, tmp_path: Path, 
     assert listing(tmp_path) == before
 
 
-def test_an_engine_that_fails_leaves_those_that_are_finished(
-    steered: Path, tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failure", [EngineError, KeyboardInterrupt])
+def test_when_one_engine_fails_or_is_interrupted_none_is_written(
+    steered: Path, tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
 ) -> None:
+    """So that "nothing was written", which an interrupt ends with, is true. What stood there stands."""
     from engines.trt.build import build_engine
+
+    finished: list[str] = []
 
     def build(source: Any, output: Path, backend: Any, *rest: Any, **more: Any) -> EngineRecord:
         if backend.name == other:
             output.write_bytes(b"half")
-            raise EngineError("it fails in this test")
+            raise failure("it fails in this test")
+        finished.append(backend.name)
         return build_engine(source, output, backend, *rest, **more)
 
     monkeypatch.setattr("sarsteer_export.engine_build.build_engine", build)
-    with pytest.raises(EngineError, match="it fails in this test"):
-        build_engines(steered, tmp_path, EngineSettings(engines=("tensorrt-rtx", other), **SMALL))
-    whole = folder_of("tensorrt-rtx", "sm80_86_89_120")
-    assert set(listing(tmp_path)) == {whole, f"{whole}/steered.engine", f"{whole}/steered.json"}
+    settings = EngineSettings(engines=("tensorrt-rtx", other), **SMALL)
+    with pytest.raises(failure, match="it fails in this test"):
+        build_engines(steered, tmp_path / "new" / "e", settings)
+    assert finished == ["tensorrt-rtx"]
+    assert listing(tmp_path) == {}
+    old = tmp_path / folder_of("tensorrt-rtx", "sm80_86_89_120") / "steered.engine"
+    old.parent.mkdir()
+    old.write_text("old")
+    before = listing(tmp_path)
+    with pytest.raises(failure):
+        build_engines(steered, tmp_path, settings, overwrite=True)
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,14 @@ import pytest
 from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
+from calibration.requests import read_requests
 from engines.backends import BACKENDS, Backend
 from engines.sidecar import BuildFacts, EngineRecord, NetworkConstant, Profile, Refit, sidecar_of
 from engines.trt import opened
 from engines.trt.build import EngineSource
 from engines.trt.runner import TensorRTDecoder
 from graph_passes.onnx_file import read_graph
+from sarsteer_export import load_bundle
 from sarsteer_export.bundle.manifest import STEERED_DECODER, UNSTEERED_DECODER, Manifest
 from tests.engines.trt import stand_in
 from tests.sarsteer_export.command_line import answered, answered_json, listing, sarsteer
@@ -99,7 +101,7 @@ def write_engine(
             for c in source.constants
         ),
         refit=Refit((), "not asked for"),
-        build=BuildFacts(1.0, 1, 1, "test"),
+        build=BuildFacts(1.0, 1, 1, 1, "test"),
         warnings=(),
     )
     record.write(sidecar_of(output))
@@ -111,7 +113,9 @@ def test_parity_of_an_engine_runs_by_itself_after_the_build(
 ) -> None:
     gpu(graph_of)
     path = tmp_path / "bundle"
-    answer = answered_json(sarsteer(*inputs.quick_build, *RTX, "-o", path, "--json"))
+    evaluation = ("--eval-harmful", inputs.harmful, "--eval-benign", inputs.benign, "--max-new-tokens", "4")
+    build = (*inputs.quick_build, *evaluation, "--engine", "tensorrt-rtx", "--max-batch", "2", "-o", path)
+    answer = answered_json(sarsteer(*build, "--json"))
     (entry,) = answer["engines"]
     assert (entry["verdict"], entry["reason"]) == ("passed", None)
     manifest = Manifest.read(path)
@@ -126,6 +130,30 @@ def test_parity_of_an_engine_runs_by_itself_after_the_build(
     assert {figure["what"] for figure in report["components"]} >= {"prompt embeddings max abs, relative"}
     page = (path / manifest.engines[0].report).with_suffix(".html").read_text(encoding="utf-8")
     assert "tensorrt-rtx" in page
+
+    measured = answer["engine_behaviour"][manifest.engines[0].label]
+    assert [(row["requests"], row["system"], row["runtime"], row["count"]) for row in measured["rows"]] == [
+        (kind, "steered", runtime, count)
+        for kind, count in (("harmful", 6), ("benign", 5))
+        for runtime in ("eager", "tensorrt-rtx")
+    ]
+    assert measured["identical"] == {"steered": 1.0}
+    assert json.loads((path / manifest.engines[0].behaviour).read_text(encoding="utf-8")) == measured
+    assert manifest.engines[0].behaviour.as_posix() in manifest.files
+    again = sarsteer(*build)
+    assert "reused: calibrate, engine tensorrt-rtx, export, verify" in answered(again)
+    assert answered(again).count(measured["table"]) == 1
+
+    requests = [*read_requests(inputs.harmful), *read_requests(inputs.benign)][:2]
+    clips, texts = [request.audio for request in requests], [request.text for request in requests]
+    with load_bundle(path) as on_cpu, load_bundle(path, engine="tensorrt-rtx") as on_engine:
+        batch = on_engine.generate_batch(clips, texts, max_new_tokens=8)
+        assert batch == on_cpu.generate_batch(clips, texts, max_new_tokens=8)
+        unsteered = on_cpu.generate_batch(clips, texts, max_new_tokens=8, steering=False)
+        assert batch != unsteered, "a decoder that is not steered would pass"
+        pieces = list(on_engine.stream(clips[0], texts[0], max_new_tokens=8))
+        assert len(pieces) > 1
+        assert "".join(pieces) == batch[0] == on_engine.generate(clips[0], texts[0], max_new_tokens=8)
 
     clip = next(inputs.harmful.parent.glob("*.wav"), None) or next(inputs.harmful.parent.rglob("*.flac"))
     ask = ("run", path, "--audio", clip, "--text", "hello", "--max-new-tokens", "6")

@@ -36,6 +36,8 @@ def test_everything_it_measures_works(bundle_path: Path, inputs: Inputs) -> None
     found = of_bundle(bundle_path, inputs.model, inputs.harmful, CPU_BACKEND, rounds=2, tokens=3, prompts=2)
     assert found["refit"]["passed"], found["refit"]
     assert found["refit"]["difference"] == 0
+    assert (found["answers"]["same"], found["answers"]["of"]) == (2, 2)
+    assert found["answers"]["engine"] == found["answers"]["eager"] != ""
     for phase in ("prefill", "decode"):
         assert found["latency"][phase]["ratio"]["median"] > 0
     assert [entry["batch"] for entry in found["throughput"]] == [1, 2]
@@ -62,11 +64,12 @@ def test_everything_it_measures_works(bundle_path: Path, inputs: Inputs) -> None
     assert "### onnxruntime-cpu 1, float32: passed" in text
     assert "**Failed:** onnxruntime-cpu, float16: failed\n" in text
     assert "Refit: passed" in text
+    assert "Answers: 2 of 2 word for word" in text
     assert "ParityError: no" in text
     json.dumps(found, allow_nan=False)
 
 
-PASSED = {"verdict": "passed", "refit": {"passed": True}, "latency": {}, "throughput": []}
+PASSED = {"verdict": "passed", "refit": {"passed": True}, "answers": {}, "latency": {}, "throughput": []}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,7 @@ PASSED = {"verdict": "passed", "refit": {"passed": True}, "latency": {}, "throug
         (PASSED | {"refit": {"passed": False}}, 0, 6),
         (PASSED | {"refit": {"error": "no"}}, 0, 6),
         (PASSED | {"latency": {"error": "no"}}, 0, 6),
+        (PASSED | {"answers": {"error": "no"}}, 0, 6),
         (PASSED | {"throughput": {"error": "no"}}, 0, 6),
         ({"verdict": "failed", "error": "no"}, 0, 6),
         ({"verdict": "built, not executed"}, 0, 6),

@@ -103,7 +103,7 @@ def sidecar_record(model: onnx.ModelProto, path: Path, *, reason: str | None = N
             for c in source.constants
         ),
         refit=Refit((), reason) if reason else Refit(names, None),
-        build=BuildFacts(1.0, 1, 1, "test"),
+        build=BuildFacts(1.0, 1, 1, 1, "test"),
         warnings=(),
     )
 
@@ -171,6 +171,41 @@ def test_an_engine_that_is_not_refittable_exits_3(
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("reason", [None, "built without a GPU"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_plan_of_another_width_is_told_so_whatever_else_is_wrong(
+    gpu: None, engine: Make, tmp_path: Path, reason: str | None, first: int
+) -> None:
+    """No engine that could be refitted would take it, and no GPU would help."""
+    wide = HAND_WIDTH + 1
+    edits = (
+        Add(0, random_vector(wide, seed=1)),
+        Project(1, random_basis(wide, 2, seed=1), positions=Positions.ALL),
+    )
+    SteeringPlan(wide, HAND_LAYERS, edits[first:]).save(tmp_path / "wide.safetensors")
+    old = engine(reason=reason)
+    before = listing(tmp_path)
+    result = sarsteer("refit", old, "--plan", tmp_path / "wide.safetensors", "-o", tmp_path / "new.engine")
+    refused(result, f"{wide}", f"{HAND_WIDTH}", "width")
+    assert listing(tmp_path) == before
+
+
+def test_a_float16_engine_is_not_refitted_with_what_it_cannot_hold(
+    gpu: None, engine: Make, tmp_path: Path
+) -> None:
+    entry = {kind: [70000.0] * HAND_LAYERS for kind in ("unsteered", "steered")}
+    plan = dataclasses.replace(NEW, provenance={"largest_magnitude": entry})
+    plan.save(tmp_path / "high.safetensors")
+    old = engine("float16")
+    before = listing(tmp_path)
+    given = ("refit", old, "--plan", tmp_path / "high.safetensors", "-o", tmp_path / "out" / "new.engine")
+    refused(sarsteer(*given), "reaches 70000", "the engine holds it in float16", "--allow-overflow")
+    assert listing(tmp_path) == before
+    allowed = sarsteer(*given, "--allow-overflow", "--json")
+    assert answered_json(allowed)["plan_sha256"] == NEW.digest()
+    assert "warning: the residual stream reaches 70000" in allowed.stderr
+
+
 def test_without_a_gpu_a_refittable_engine_exits_3(engine: Make, new_plan: Path, tmp_path: Path) -> None:
     """The library is there, and no driver: what is refused is the machine, not the engine."""
     if (problem := cuda_driver().problem) is None:
@@ -207,7 +242,7 @@ def test_a_sidecar_never_takes_the_place_of_a_bundles_manifest(
     (bundle / MANIFEST).write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
     before = listing(tmp_path)
     result = sarsteer("refit", old, "--plan", new_plan, "-o", bundle / "manifest.engine", "--overwrite")
-    refused(result, "manifest.json: belongs to the bundle")
+    refused(result, "manifest.engine: lies inside the bundle")
     assert listing(tmp_path) == before
 
 

@@ -170,11 +170,14 @@ def test_a_file_of_a_bundle_is_not_replaced(steered: Path, tmp_path: Path, made:
     assert listing(tmp_path) == before
 
 
-def test_a_new_file_in_a_bundle_replaces_none_of_its_own(steered: Path, made: Path) -> None:
+def test_nothing_new_is_written_into_a_bundle(steered: Path) -> None:
+    """Its manifest would not list it, and the bundle could not be replaced any more."""
     make_bundle(steered.parent, json.dumps({"format": FORMAT}))
     before = listing(steered.parent)
-    refit(steered, NEW, steered.with_name("trial.onnx"))
-    assert listing(steered.parent) == before | {"trial.onnx": listing(made)["new.onnx"]}
+    for output in (steered.with_name("trial.onnx"), steered.parent / "deep" / "down" / "in" / "trial.onnx"):
+        with pytest.raises(InputError, match=r"lies inside the bundle .* outside the bundle with -o"):
+            refit(steered, NEW, output)
+    assert listing(steered.parent) == before
 
 
 def test_a_bundle_is_known_through_a_link_to_its_folder(steered: Path, tmp_path: Path) -> None:
@@ -227,7 +230,7 @@ def test_a_write_that_fails_leaves_the_old_graph(steered: Path, monkeypatch: pyt
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sarsteer_export.patching.write_graph", fail)
+    monkeypatch.setattr("sarsteer_export.decoder_file.write_graph", fail)
     before = listing(steered.parent)
     with pytest.raises(InputError, match="no space left on the device; nothing was written"):
         refit(steered, NEW)

@@ -262,3 +262,41 @@ def test_files_in_folders_beside_a_staged_file_come_along_into_folders_that_exis
         staged.write_text("graph", encoding="utf-8")
     assert sorted(file.name for file in (tmp_path / "weights").iterdir()) == ["data", "other"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["graph", "weights"]
+
+
+@pytest.mark.parametrize("failing", ["data", "other", "graph"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_files_beside_a_staged_file_come_along_all_or_none(
+    failing: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("data", "graph"):
+        (tmp_path / name).write_text(f"old {name}", encoding="utf-8")
+    before, replace = listing(tmp_path), Path.replace
+
+    def fail(path: Path, to: Path) -> Path:
+        if to == tmp_path / failing or to == tmp_path / "new" / failing:
+            monkeypatch.setattr(Path, "replace", replace)
+            raise error
+        return replace(path, to)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(type(error)):
+        write_three(tmp_path / "graph", "data", "new/other")
+    assert listing(tmp_path) == before
+
+
+def write_three(graph: Path, *others: str) -> None:
+    """Write a staged file and others beside it."""
+    with staged_file(graph, overwrite=True) as staged:
+        for file in (*(staged.parent / name for name in others), staged):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("new", encoding="utf-8")
+
+
+def test_a_directory_in_the_way_of_a_file_beside_a_staged_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").write_text("mine", encoding="utf-8")
+    before = listing(tmp_path)
+    with pytest.raises(InputError, match=r"data: is a directory; .* remove it yourself"):
+        write_three(tmp_path / "graph", "data")
+    assert listing(tmp_path) == before

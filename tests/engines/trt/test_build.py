@@ -20,6 +20,7 @@ from engines.cuda_driver import CudaDriver, Gpu, cuda_driver
 from engines.profiles import ProfileLimits, derive_profiles
 from engines.sidecar import EngineRecord, Profile, ShapeRange, sidecar_of
 from engines.trt.build import EngineSource, build_engine
+from engines.trt.worker import run_interruptibly
 from graph_passes.onnx_file import write_graph
 from graph_passes.patch import patch_model
 from sarsteer_export.engine_build import engine_source
@@ -77,7 +78,7 @@ def test_an_engine_and_its_sidecar(
     assert {binding.dtype for binding in record.outputs} == {dtype}
     assert record.inputs[0].dims == ("batch", "sequence", 64)
     assert record.build.seconds > 0
-    assert record.build.peak_rss_bytes > 50e6
+    assert record.build.peak_rss_bytes > record.build.start_rss_bytes > 50e6
     assert record.build.layers > 300
     if kind == "steered":
         assert record.plan_sha256 == PLAN.digest()
@@ -149,6 +150,34 @@ def test_a_build_that_fails_as_refittable_succeeds_without(
     assert "Myelin" in str(record.refit.reason)
 
 
+def test_steering_constants_and_nothing_else_are_marked_refittable(
+    decoders: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TensorRT's network itself tells, of every constant in it; again when they were taken back."""
+    if cuda_driver().problem is None:
+        pytest.skip("there is a GPU here")
+    gpu = CudaDriver("13.0", (Gpu("Test GPU", "8.9", 1),), None)
+    monkeypatch.setattr("engines.trt.build.cuda_driver", lambda: gpu)
+    trt: Any = RTX.load()
+    seen: list[tuple[bool, set[str]]] = []
+
+    def look(_trt: Any, network: Any, config: Any, _monitor: Any) -> None:
+        layers = [network.definition.get_layer(number) for number in range(network.definition.num_layers)]
+        constants = {layer.name for layer in layers if layer.type == trt.LayerType.CONSTANT}
+        assert len(constants) > 20
+        marked = {name for name in constants if network.definition.are_weights_marked_refittable(name)}
+        seen.append((config.get_flag(trt.BuilderFlag.REFIT_INDIVIDUAL), marked))
+        assert not config.get_flag(trt.BuilderFlag.REFIT), "every weight would be refittable"
+
+    monkeypatch.setattr("engines.trt.build._build", look)
+    graph = decoders("float32", "steered")
+    with pytest.raises(EngineError, match="cannot build an engine of"):
+        build(graph, tmp_path)
+    steering = {constant.name for constant in engine_source(graph).constants if constant.refittable}
+    assert len(steering) == 4  # two vectors; basis and scaled basis; scalars are never refitted
+    assert seen == [(True, steering), (False, set())]
+
+
 def test_one_profile_many_and_none(decoders: Callable[[str, str], Path], tmp_path: Path) -> None:
     graph = decoders("float32", "steered")
     prefill, decode = derive_profiles(engine_source(graph).inputs, SMALL)
@@ -204,6 +233,19 @@ def test_profiles_that_tensorrt_refuses(decoders: Callable[[str, str], Path], tm
         build(graph, tmp_path, (profile,))
 
 
+def test_shapes_that_tensorrt_does_not_take(decoders: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """As above; its bindings raise errors of their own for such."""
+    graph = decoders("float32", "unsteered")
+    prefill, _ = derive_profiles(engine_source(graph).inputs, SMALL)
+    embeds = prefill.shapes["inputs_embeds"]
+    wrong = ShapeRange(embeds.min, embeds.opt, (2**31, *embeds.max[1:]))
+    profile = dataclasses.replace(prefill, shapes={**prefill.shapes, "inputs_embeds": wrong})
+    with pytest.raises(
+        EngineError, match=r"refuses shapes .*2147483648x8x64 of 'inputs_embeds' in profile 'pref"
+    ):
+        build(graph, tmp_path, (profile,))
+
+
 def test_progress_counts_up_to_100_percent(decoders: Callable[[str, str], Path], tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     build(decoders("float32", "unsteered"), tmp_path, progress=lambda *report: seen.append(report))
@@ -228,10 +270,18 @@ def test_an_interrupt_cancels_the_build_and_leaves_nothing(
             raise KeyboardInterrupt
         return wait(event, timeout)
 
+    made: list[Any] = []
+
+    def watched(work: Callable[[], Any], cancel: Callable[[], None] = lambda: None) -> Any:
+        return run_interruptibly(lambda: made.append(work()) or made[-1], cancel)
+
+    monkeypatch.setattr("engines.trt.build.run_interruptibly", watched)
     monkeypatch.setattr("engines.trt.worker.threading.Event.wait", interrupting)
     monkeypatch.setattr("engines.trt.worker.POLL_SECONDS", 0.001)
     with pytest.raises(KeyboardInterrupt):
         build(graph, tmp_path, progress=lambda _stage, done, _total: percents.append(done))
+    _parsed, engine = made
+    assert engine is None, "TensorRT was not told to stop: it built the engine to its end"
     assert 100 not in percents
     assert interrupted[0].is_set(), "the build was not waited for"
     assert list(tmp_path.iterdir()) == []

@@ -119,6 +119,27 @@ def test_an_unknown_operator_is_named_with_its_node(tmp_path: Path) -> None:
         parse(path, RTX)
 
 
+def test_an_invalid_node_is_named_in_one_line(tmp_path: Path) -> None:
+    """Of a known operator: what is wrong is the graph, and no other exporter's operators are the remedy."""
+    path = tmp_path / "odd.onnx"
+    product = helper.make_node("MatMul", ["x", "steer.vector"], ["y"], name="blocks.7.up")
+    onnx.save(graph(product, vector=np.ones((3, 5), np.float32)), path)
+    with pytest.raises(InputError) as caught:
+        parse(path, RTX)
+    message = str(caught.value)
+    assert "node 0 ('blocks.7.up'), MatMul, is invalid: Invalid Node - blocks.7.up ITensor" in message
+    assert "last dimension of input0 = 4 and second to last dimension of input1 = 3" in message
+    for needless in ("not supported", "operators", "Cuda", "\n"):
+        assert needless not in message
+
+
+def test_a_node_that_reads_what_nothing_writes_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "odd.onnx"
+    onnx.save(graph(ADD), path)
+    with pytest.raises(InputError, match=r"node 0 \('add'\), Add, is invalid: .*input was not registered"):
+        parse(path, RTX)
+
+
 def test_a_truncated_file(tmp_path: Path) -> None:
     path = tmp_path / "cut.onnx"
     path.write_bytes(graph(WHERE, ADD).SerializeToString()[:100])

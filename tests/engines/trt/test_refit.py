@@ -100,7 +100,7 @@ def engine(dynamo_decoder: TinyDecoder, tmp_path: Path) -> Make:
                 for c in source.constants
             ),
             refit=Refit(() if reason else tuple(names), reason),
-            build=BuildFacts(1.0, 1, 1, "test"),
+            build=BuildFacts(1.0, 1, 1, 1, "test"),
             warnings=(),
         ).write(sidecar_of(path))
         assert {c.name for c in source.constants} == set(held)
@@ -284,7 +284,7 @@ def test_the_constants_are_those_of_a_graph_of_the_plan(
         *("tensorrt-rtx", "1", (), dtype, (), (), (), {}, {}, None),
         tuple(held.values()),
         Refit((), None),
-        BuildFacts(1.0, 1, 1, "test"),
+        BuildFacts(1.0, 1, 1, 1, "test"),
         (),
     )
     constants = engine_constants(sidecar, plan)

@@ -96,7 +96,7 @@ def write_engine(
         plan_sha256=None,
         steering=(),
         refit=Refit((), "not asked for"),
-        build=BuildFacts(1.0, 1, 1, "test"),
+        build=BuildFacts(1.0, 1, 1, 1, "test"),
         warnings=(),
     ).write(sidecar_of(path))
     return path

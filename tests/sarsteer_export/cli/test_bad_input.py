@@ -528,7 +528,7 @@ def test_an_output_in_a_place_that_may_not_be_written(
     [
         ("calibrate", "calibration.plan.SteeringPlan.save"),
         ("export", "onnx_ir.save"),
-        ("patch", "sarsteer_export.patching.write_graph"),
+        ("patch", "sarsteer_export.decoder_file.write_graph"),
         ("build", "sarsteer_export.pipeline.write_graph"),
     ],
 )

@@ -129,7 +129,7 @@ def test_an_error_nobody_foresaw_is_one_message_and_says_it_is_a_defect(
     def explode(_path: Path) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("sarsteer_export.inspection.inspect", explode)
+    monkeypatch.setattr("sarsteer_export.inspection.inspect.inspect", explode)
     result = sarsteer("inspect", tmp_path)
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1

@@ -15,7 +15,7 @@ from onnx import helper
 
 from engines.backends import BACKENDS
 from engines.sidecar import EngineRecord
-from sarsteer_export.bundle.manifest import COMPONENTS, PLAN, STEERED_DECODER, Manifest
+from sarsteer_export.bundle.manifest import COMPONENTS, FORMAT, MANIFEST, PLAN, STEERED_DECODER, Manifest
 from tests.sarsteer_export.command_line import (
     answered,
     answered_json,
@@ -117,6 +117,24 @@ def test_an_engine_that_exists_is_kept(steered: Path, tmp_path: Path) -> None:
     assert (tmp_path / "e" / RTX_LABEL / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("folder", ["engines", ".", "a/b/c/d"])
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_is_written_into_a_bundle(steered: Path, tmp_path: Path, folder: str, there: bool) -> None:
+    """Neither over its engines nor beside them: a bundle is what its manifest lists."""
+    bundle = tmp_path / "bundle"
+    output = bundle / folder
+    (output / RTX_LABEL).mkdir(parents=True)
+    (bundle / MANIFEST).write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
+    if there:
+        (output / RTX_LABEL / "decoder_model_merged.engine").write_text("proven", encoding="utf-8")
+    before = listing(tmp_path)
+    for more in ((), ("--overwrite",)):
+        result = sarsteer("build-engine", steered, *RTX, *SMALL, "-o", output, *more)
+        why = "would no longer hold" if there else "holds nothing but what its manifest lists"
+        refused(result, f"the bundle {bundle}", why, "outside the bundle with -o")
+        assert listing(tmp_path) == before
+
+
 def test_a_config_may_name_several_engines(steered: Path, tmp_path: Path) -> None:
     config = tmp_path / "engines.toml"
     config.write_text('engine = ["tensorrt-rtx", "onnxruntime-cuda"]\nmax-batch = 2\n')
@@ -156,6 +174,13 @@ def test_a_config_may_name_several_engines(steered: Path, tmp_path: Path) -> Non
             2,
         ),
         ((*RTX, "--profile", "a"), ("--profile",), 2),
+        ((*RTX, "--max-total", "99999999999"), ("--max-total is 99999999999", "2147483647"), 2),
+        ((*RTX, "--max-batch", "3000000000"), ("--max-batch is 3000000000",), 2),
+        (
+            (*RTX, "--max-shapes", "inputs_embeds:1x2147483647x64,past_key_values.0.key:1x2x2147483647x16"),
+            ("attention_mask", "at most 2147483647"),
+            2,
+        ),
     ],
 )
 def test_options_that_make_no_sense(
@@ -376,15 +401,34 @@ def test_engines_of_other_profiles_are_built_anew(
     answer = answered_json(sarsteer(*build, "--max-batch", "3"))
     assert answer["reused"] == ["calibrate", "export"]
     other_judge = answered_json(sarsteer(*build, "--max-batch", "3", "--answer-pattern", "x"))
-    assert other_judge["reused"] == ["calibrate", "export", "engines"]
+    both = ["engine tensorrt-rtx", "engine onnxruntime-cuda"]
+    assert other_judge["reused"] == ["calibrate", "export", *both]
     assert [entry["verdict"] for entry in other_judge["engines"]] == ["built, not executed"] * 2
 
 
-def test_a_dry_run_names_the_engines(inputs: Inputs, tmp_path: Path) -> None:
+def test_an_engine_that_is_added_leaves_the_others_as_they_are(
+    engine_bundle: tuple[Path, Any], inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(engine_bundle[0], tmp_path / "bundle"))
+    before = listing(path / "engines")
+    monkeypatch.setattr(
+        "sarsteer_export.bundle_engines.build_engine", None
+    )  # none is built: the one is there
+    build = (*inputs.build, *RTX, "--max-batch", "2", "--overwrite", "-o", path, "--json")
+    third = ("--engine", "onnxruntime-tensorrt")
+    answer = answered_json(sarsteer(*build, *third))
+    assert answer["reused"] == ["calibrate", "export", "engine tensorrt-rtx"]
+    assert [entry["backend"] for entry in answer["engines"]] == ["tensorrt-rtx", "onnxruntime-tensorrt"]
+    assert listing(path / "engines") == before
+
+
+def test_a_dry_run_names_the_engines(engine_bundle: tuple[Path, Any], inputs: Inputs, tmp_path: Path) -> None:
     plain = answered_json(sarsteer(*inputs.build, "-o", tmp_path / "b", "--dry-run", "--json"))
     more = answered_json(sarsteer(*inputs.build, *RTX, "-o", tmp_path / "b", "--dry-run", "--json"))
-    assert [step for step, _ in more["steps"]] == ["calibrate", "export", "engines", "verify"]
+    assert [step for step, _ in more["steps"]] == ["calibrate", "export", "engine tensorrt-rtx", "verify"]
     assert more["disk_bytes"] > plain["disk_bytes"]
+    written = sum(file.stat().st_size for file in engine_bundle[0].rglob("*") if file.is_file())
+    assert written < more["disk_bytes"] < 2 * written, "an estimate is enough, and no more than twice as much"
 
 
 @pytest.mark.parametrize(
@@ -396,8 +440,19 @@ def test_a_dry_run_names_the_engines(inputs: Inputs, tmp_path: Path) -> None:
         ((*RTX, "--max-shapes", "inputs_embeds:2x8x65"), ("65", "64"), 2),
         ((*RTX, "--max-shapes", "inputs_embeds:1x8x64"), ("parity runs 2 prompts", "admits 1"), 2),
         (("--max-shapes", "inputs_embeds:2x8x64"), ("--engine",), 2),
+        (("--max-batch", "8"), ("an engine's; name one with --engine",), 2),
+        (("--max-total", "2048"), ("an engine's; name one with --engine",), 2),
         ((*RTX, "--max-batch", "1"), ("parity runs 2 prompts at once", "--max-batch"), 2),
         ((*RTX, "--compute-capability", "1.0"), ("1.0",), 3),
+        ((*RTX, "--max-total", "99999999999", "--dry-run"), ("--max-total is 99999999999",), 2),
+        (
+            (
+                *(*RTX, "--dry-run", "--max-shapes"),
+                "inputs_embeds:2x2147483647x64,past_key_values.0.key:2x2x2147483647x16",
+            ),
+            ("attention_mask", "at most 2147483647"),
+            2,
+        ),
     ],
 )
 def test_engines_that_cannot_be_built_are_refused_before_any_work(
@@ -444,6 +499,8 @@ def test_inspect_shows_an_engine(engine_bundle: tuple[Path, Any]) -> None:
         assert words in text
     content = answered_json(sarsteer("inspect", engine, "--json"))
     assert content["kind"] == "engine"
+    peak, start = (content["build"][name] / 1e6 for name in ("peak_rss_bytes", "start_rss_bytes"))
+    assert f"peak memory {peak:.0f} MB ({start:.0f} MB before it)" in text
     assert content["plan_sha256"] == Manifest.read(path).plan_sha256
     assert "tensorrt-rtx" in answered(sarsteer("inspect", path))
 

@@ -72,6 +72,8 @@ def test_a_bundles_decoder_is_refitted_outside_the_bundle_only(
     given = ("refit", bundle_copy / STEERED_DECODER, "--plan", new_plan)
     refused(sarsteer(*given), "belongs to the bundle", "hashes and parity verdict", "-o")
     refused(sarsteer(*given, "--overwrite"), "belongs to the bundle")
+    for new in ("onnx/new.onnx", "deep/down/in/it/new.onnx"):
+        refused(sarsteer(*given, "-o", bundle_copy / new), "lies inside the bundle", "-o")
     answered(sarsteer(*given, "-o", tmp_path / "out" / "steered.onnx"))
     assert listing(bundle_copy) == before
     assert set(listing(tmp_path / "out")) == {"steered.onnx", f"{STEERED_DECODER.name}_data"}

@@ -199,6 +199,17 @@ def test_patch_never_writes_the_graph_over_the_weights(
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["onnx/new.onnx", STEERED_DECODER.as_posix(), "deep/down/in/it/new.onnx"])
+def test_patch_writes_nothing_into_a_bundle(
+    decoder_copy: Path, bundle_copy: Path, tmp_path: Path, name: str
+) -> None:
+    """Neither a file of its own nor one that its manifest does not list."""
+    before = listing(tmp_path)
+    given = ("patch", decoder_copy, "--plan", bundle_copy / PLAN, "-o", bundle_copy / name, "--overwrite")
+    refused(sarsteer(*given), f"the bundle {bundle_copy}", "name an output outside the bundle with -o")
+    assert listing(tmp_path) == before
+
+
 def test_patching_a_steered_decoder_again_is_refused(bundle_path: Path, tmp_path: Path) -> None:
     given = (
         "patch",
@@ -240,7 +251,7 @@ def test_inspect_an_unsteered_and_a_steered_decoder(
     norms = [2.0 * float(np.linalg.norm(edit.tensors()["vector"])) for edit in plan.edits]
     assert [constant["norm"] for constant in steered["steering"]] == pytest.approx(norms)
     text = answered(sarsteer("inspect", decoder_folder / "decoder.onnx"))
-    assert "residual stream: 3 blocks of width 64\n" in text
+    assert "residual stream: 3 blocks of width 64, float32\n" in text
     assert "steering: none\n" in text
     assert "steering: 3 constants\n" in answered(sarsteer("inspect", bundle_path / STEERED_DECODER))
 

@@ -1,0 +1,40 @@
+"""Look into whatever a path names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calibration.errors import InputError
+from engines.sidecar import ENGINE_SUFFIX
+from sarsteer_export.inspection.bundle import inspect_bundle
+from sarsteer_export.inspection.engine import inspect_engine
+from sarsteer_export.inspection.graph import inspect_graph
+from sarsteer_export.inspection.plan import inspect_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sarsteer_export.inspection.found import Inspection
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Look into a plan (`.safetensors`), an ONNX file (`.onnx`), an engine (`.engine`) or a bundle (a folder)."""
+    source = Path(path)
+    if not source.exists():
+        raise InputError(f"{source}: no such file or directory")
+    if source.is_dir():
+        return inspect_bundle(source)
+    if source.suffix not in READERS:
+        raise InputError(
+            f"{source}: expected a plan (.safetensors), an ONNX file (.onnx), an engine (.engine) or a bundle folder"
+        )
+    return READERS[source.suffix](source)
+
+
+READERS: dict[str, Callable[[Path], Inspection]] = {
+    ".safetensors": inspect_plan,
+    ".onnx": inspect_graph,
+    ENGINE_SUFFIX: inspect_engine,
+}
+"""What reads a file, by its suffix."""
