@@ -36,6 +36,7 @@ from graph_passes.selection import (
     Selection,
     SteeringInputs,
     StrengthInput,
+    inputs_told,
     share,
 )
 
@@ -217,18 +218,9 @@ def _batch_dimension(model: ModelProto) -> str | int:
 
 def steering_inputs_of(model: ModelProto) -> SteeringInputs:
     """What a steered graph is told at run time, as its inputs and its mask of last positions show it."""
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
     nodes = [node for scope in decoder_scopes(model) for node in scope.graph(model).node]
-    last_from = LastFrom.ATTENTION_MASK
-    if POSITIONS_INPUT in shapes:
-        last_from = LastFrom.INPUT
-    elif any(node.name == LAST_NODE and node.op_type == "Sub" for node in nodes):
-        last_from = LastFrom.SEQUENCE
-    strength = None
-    if STRENGTH_INPUT in shapes:
-        strength = StrengthInput.BATCH if len(shapes[STRENGTH_INPUT]) == 1 else StrengthInput.EDITS
-    prompt_from = PromptFrom.INPUT if PROMPT_LENGTHS_INPUT in shapes else PromptFrom.PAST
-    return SteeringInputs(last_from, prompt_from, strength)
+    by_column = any(node.name == LAST_NODE and node.op_type == "Sub" for node in nodes)
+    return inputs_told(model, LastFrom.SEQUENCE if by_column else LastFrom.ATTENTION_MASK)
 
 
 def _refuse_steered(model: ModelProto) -> None:
