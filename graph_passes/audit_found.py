@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ class FoundStream:
     def __init__(self, view: ModelProto, opset: int, folder: Path | None, scope: str) -> None:
         self.opset, self._scope = opset, scope
         self.graph = SteppedGraph(view, opset, folder)
-        self.stream = find_residual_stream(self.graph.without_steps())
+        self.stream = self._before_steps(find_residual_stream(self.graph.without_steps()))
         self.stages = _stages(self.stream)
         self.tensors = self._of_stream_shape()
 
@@ -109,9 +109,12 @@ class FoundStream:
             place = f"inside block {before.depth}"
             starts = {before.tensor} | self._outputs_behind(before)
             sums = sums_between(self.graph, starts, after.tensor)
+            behind = self._outputs_behind(
+                after
+            )  # these see the sums through pairs of Q/DQ, and stand on no sum
             for tensor in sorted(sums - starts - {after.tensor}):
                 for step in self.graph.after.get(self.graph.expressions.root(tensor), []):
-                    if not step.is_own_bias:
+                    if not step.is_own_bias and step.output not in behind:
                         what = str(self.signed(step))
                         found.append(FoundStep(place, what, shown(describe(step.node)), self._scope))
             found += [
@@ -119,6 +122,15 @@ class FoundStream:
                 for node in odd_sums(self.graph, starts | sums - {after.tensor}, sums)
             ]
         return list(dict.fromkeys(found))
+
+    def _before_steps(self, stream: ResidualStream) -> ResidualStream:
+        """A stream whose final norm, where the graph gives it out, is the tensor that steps made the output of."""
+        given_out = stream.final_norm_output
+        if given_out is None:
+            return stream
+        norm = self.graph.before_steps(given_out)
+        types = ((norm if name == given_out else name, elem_type) for name, elem_type in stream.other_types)
+        return replace(stream, final_norm_output=norm, other_types=tuple(types))
 
     def _outputs_behind(self, stage: Stage) -> set[str]:
         return {step.output for chain in self.chains(stage.tensor) for step in chain}

@@ -20,10 +20,11 @@ from graph_passes.expressions import (
     Expressions,
     reads_shape_only,
 )
-from graph_passes.fused_norms import ADDED_KEY, split_fused_norms
+from graph_passes.fused_norms import ADDED_KEY, SUM_OUTPUT, is_fused, split_fused_norms, sum_name
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, reads, subgraphs
 from graph_passes.names import STEERING_PREFIX
 from graph_passes.residual_stream import cache_inputs
+from graph_passes.transparent import QDQ_OPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 CONTENT_INPUTS = ("inputs_embeds", "input_ids")
 """Graph inputs that hold the tokens."""
 OTHER_INPUTS = frozenset({"attention_mask", "position_ids"})
-VIEWS = frozenset(
+VIEWS = QDQ_OPS | frozenset(
     {
         "Cast",
         "Div",
@@ -82,7 +83,9 @@ class SteppedGraph:
     """
 
     def __init__(self, model: ModelProto, opset: int, folder: Path | None) -> None:
-        self.model = split_fused_norms(_nameless(model))
+        self.model = _nameless(model)
+        _name_sums(self.model.graph)
+        self.model = split_fused_norms(self.model)
         graph = self.model.graph
         _read_first_of_equals(graph)
         self.index = GraphIndex(graph)
@@ -117,12 +120,20 @@ class SteppedGraph:
         return bool(self.values.get(tensor, 0) & self._content_bits)
 
     def without_steps(self) -> ModelProto:
-        """A copy of the graph in which whoever reads a step's output reads what the step was given."""
+        """A copy of the graph in which whoever reads a step's output reads what the step was given.
+
+        An output of the graph that a step computes is that tensor itself, under its name.
+        """
         bare = ModelProto()
         bare.CopyFrom(self.model)
         for node in bare.graph.node:
             for position, name in enumerate(node.input):
                 node.input[position] = self.before_steps(name)
+        given_out = {value.name for value in bare.graph.output}
+        for node in bare.graph.node:
+            if node.output and node.output[0] in given_out & self.by_output.keys():
+                before = self.before_steps(node.output[0])
+                node.CopyFrom(NodeProto(op_type="Identity", input=[before], output=node.output[:1]))
         _drop_unread(bare.graph)
         return bare
 
@@ -239,6 +250,22 @@ def _rename(graph: GraphProto) -> None:
                     names[position] = _free(name)
         for body in subgraphs(node):
             _rename(body)
+
+
+def _name_sums(graph: GraphProto) -> None:
+    """Give every sum that a fused norm keeps to itself a name that nothing else has, as its fourth output."""
+    taken = {name for node in graph.node for name in (*node.input, *node.output)}
+    for node in graph.node:
+        if not is_fused(node) or sum_name(node) in node.output:
+            continue
+        name, number = sum_name(node), 0
+        while name in taken:
+            number += 1
+            name = f"{sum_name(node)}.{number}"
+        taken.add(name)
+        node.output.extend([""] * (SUM_OUTPUT - len(node.output)))
+        del node.output[SUM_OUTPUT:]
+        node.output.append(name)
 
 
 def _read_first_of_equals(graph: GraphProto) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from graph_passes.expressions import reads_shape_only
 from graph_passes.graph_index import describe
 from graph_passes.residual_stream import cache_inputs
+from graph_passes.transparent import QDQ_OPS, TRANSPARENT_OPS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from graph_passes.residual_stream import ResidualStream
     from graph_passes.steps import SteppedGraph
 
-SUM_OPS = frozenset({"Add", "Cast", "Identity"})
+SUM_OPS = frozenset({"Add"}) | TRANSPARENT_OPS | QDQ_OPS
 
 
 def past(graph: SteppedGraph, stream: ResidualStream, natural: str, end: str, depth: int) -> str | None:
