@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from graph_passes.audit_report import FoundStep
 from graph_passes.audit_signature import Signature, signature_of
 from graph_passes.graph_index import describe
+from graph_passes.nameless import shown
 from graph_passes.residual_stream import find_residual_stream
-from graph_passes.steps import Step, SteppedGraph, shown
+from graph_passes.steps import Step, SteppedGraph
 from graph_passes.wiring import odd_sums, sums_between
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from graph_passes.audit_signature import Signature, matched
 from graph_passes.expressions import Leaves, digest_of
 from graph_passes.graph_index import describe
 from graph_passes.lowering import scaled_vector
+from graph_passes.nameless import shown
 from graph_passes.selection import POSITIONS_INPUT, PROMPT_LENGTHS_INPUT, STRENGTH_INPUT, LastFrom
-from graph_passes.steps import Step, shown
 from graph_passes.wiring import past
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from graph_passes.audit_expected import ExpectedEdits
     from graph_passes.audit_found import FoundStream, Stage
+    from graph_passes.steps import Step
 
 
 class Judgement:

@@ -70,11 +70,7 @@ def odd_sums(graph: SteppedGraph, tensors: Collection[str], sums: Collection[str
 def _same(graph: SteppedGraph, tensor: str) -> set[str]:
     """The tensor under every name that it has."""
     root = graph.expressions.root(tensor)
-    names = {root}
-    for node in graph.index.nodes:
-        if node.output and node.output[0] and graph.expressions.root(node.output[0]) == root:
-            names.add(node.output[0])
-    return names
+    return graph.names.get(root, {root})
 
 
 def _forward(graph: SteppedGraph, start: set[str], blocked: set[str]) -> str | None:
