@@ -21,9 +21,9 @@ from graph_passes.selection import (
     LastFrom,
     PromptFrom,
     SteeringInputs,
-    inputs_told,
     share,
 )
+from graph_passes.steering_inputs import inputs_told
 
 if TYPE_CHECKING:
     from graph_passes.audit_found import FoundStream

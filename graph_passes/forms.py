@@ -144,4 +144,4 @@ def bias_of(index: GraphIndex, node: NodeProto) -> str:
 
 
 def _is_vector(index: GraphIndex, name: str) -> bool:
-    return any(tensor.name == name and len(tensor.dims) == 1 for tensor in index.graph.initializer)
+    return name in index.initializers and len(index.initializers[name].dims) == 1

@@ -54,7 +54,7 @@ class Scope:
         return GraphIndex(
             self.graph(model),
             [*(value.name for value in outer.input), *computed],
-            [tensor.name for tensor in outer.initializer],
+            outer.initializer,
         )
 
     def view(self, model: ModelProto) -> ModelProto:

@@ -22,8 +22,6 @@ from graph_passes.builder import Builder
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from onnx import ModelProto
-
 POSITIONS_INPUT = "steering_positions"
 """Graph input int64 (B,): the last position of each row in this pass; negative where there is none."""
 PROMPT_LENGTHS_INPUT = "steering_prompt_lengths"
@@ -69,19 +67,6 @@ class SteeringInputs:
     last_from: LastFrom = LastFrom.ATTENTION_MASK
     prompt_from: PromptFrom = PromptFrom.PAST
     strength: StrengthInput | None = None
-
-
-def inputs_told(model: ModelProto, otherwise: LastFrom) -> SteeringInputs:
-    """What a graph is told at run time as its inputs show it; without one for positions, the last is `otherwise`."""
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
-    strength = None
-    if STRENGTH_INPUT in shapes:
-        strength = StrengthInput.BATCH if len(shapes[STRENGTH_INPUT]) == 1 else StrengthInput.EDITS
-    return SteeringInputs(
-        last_from=LastFrom.INPUT if POSITIONS_INPUT in shapes else otherwise,
-        prompt_from=PromptFrom.INPUT if PROMPT_LENGTHS_INPUT in shapes else PromptFrom.PAST,
-        strength=strength,
-    )
 
 
 @dataclass(frozen=True)

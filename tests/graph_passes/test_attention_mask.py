@@ -58,6 +58,15 @@ def test_tokens_are_no_mask(tmp_path: Path) -> None:
     assert find_residual_stream(proto).attention_mask is None
 
 
+def test_tokens_that_a_mask_is_computed_from_are_no_mask(tmp_path: Path) -> None:
+    """Which tokens are padding tells nothing of the past: a decode step is not fed its tokens."""
+    _, proto = hand_decoder(Variant(tokens=True, norm="layer"), tmp_path / "model.onnx")
+    proto.graph.input.remove(next(value for value in proto.graph.input if value.name == "attention_mask"))
+    is_token = helper.make_node("Cast", ["input_ids"], ["attention_mask"], to=TensorProto.BOOL)
+    proto.graph.node.insert(0, is_token)
+    assert find_residual_stream(proto).attention_mask is None
+
+
 @pytest.mark.parametrize("name", ["input.attention_mask", "decoder.attention_mask", "padding"])
 def test_a_mask_of_another_name_is_found_beside_an_unrelated_one(name: str, tmp_path: Path) -> None:
     _, proto = hand_decoder(Variant(), tmp_path / "model.onnx")

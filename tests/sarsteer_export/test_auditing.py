@@ -196,7 +196,7 @@ def engine_of(graph: Path, engine: Path, plan: SteeringPlan) -> EngineRecord:
             for name, values in constants.items()
         ),
         refit=Refit(tuple(name for name, values in constants.items() if values.ndim), None),
-        build=BuildFacts(1.0, 1, 1, "here"),
+        build=BuildFacts(seconds=1.0, peak_rss_bytes=2, start_rss_bytes=1, layers=1, platform="here"),
         warnings=(),
     )
     record.write(sidecar_of(engine))
