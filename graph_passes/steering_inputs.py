@@ -88,15 +88,19 @@ def _batch_dimension(model: ModelProto) -> str | int:
 
 def steering_inputs_of(model: ModelProto) -> SteeringInputs:
     """What a steered graph is told at run time, as its inputs and its mask of last positions show it."""
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
     nodes = [node for scope in decoder_scopes(model) for node in scope.graph(model).node]
-    last_from = LastFrom.ATTENTION_MASK
-    if POSITIONS_INPUT in shapes:
-        last_from = LastFrom.INPUT
-    elif any(node.name == LAST_NODE and node.op_type == "Sub" for node in nodes):
-        last_from = LastFrom.SEQUENCE
+    by_column = any(node.name == LAST_NODE and node.op_type == "Sub" for node in nodes)
+    return inputs_told(model, LastFrom.SEQUENCE if by_column else LastFrom.ATTENTION_MASK)
+
+
+def inputs_told(model: ModelProto, otherwise: LastFrom) -> SteeringInputs:
+    """What a graph is told at run time as its inputs show it; without one for positions, the last is `otherwise`."""
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
     strength = None
     if STRENGTH_INPUT in shapes:
         strength = StrengthInput.BATCH if len(shapes[STRENGTH_INPUT]) == 1 else StrengthInput.EDITS
-    prompt_from = PromptFrom.INPUT if PROMPT_LENGTHS_INPUT in shapes else PromptFrom.PAST
-    return SteeringInputs(last_from, prompt_from, strength)
+    return SteeringInputs(
+        last_from=LastFrom.INPUT if POSITIONS_INPUT in shapes else otherwise,
+        prompt_from=PromptFrom.INPUT if PROMPT_LENGTHS_INPUT in shapes else PromptFrom.PAST,
+        strength=strength,
+    )

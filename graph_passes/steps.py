@@ -9,21 +9,22 @@ of the unsteered decoder, however its nodes and tensors are called.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from onnx import GraphProto, ModelProto, NodeProto
 
 from graph_passes.expressions import (
-    COMMUTATIVE_OPS,
     DEFAULT_DOMAINS,
     Constants,
     Expressions,
     reads_shape_only,
 )
-from graph_passes.fused_norms import ADDED_KEY, split_fused_norms
-from graph_passes.graph_index import MATMUL_OPS, GraphIndex, reads, subgraphs
-from graph_passes.names import STEERING_PREFIX
+from graph_passes.fused_norms import ADDED_KEY
+from graph_passes.graph_index import MATMUL_OPS, GraphIndex, reads
+from graph_passes.nameless import nameless
 from graph_passes.residual_stream import cache_inputs
+from graph_passes.transparent import QDQ_OPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 CONTENT_INPUTS = ("inputs_embeds", "input_ids")
 """Graph inputs that hold the tokens."""
 OTHER_INPUTS = frozenset({"attention_mask", "position_ids"})
-VIEWS = frozenset(
+VIEWS = QDQ_OPS | frozenset(
     {
         "Cast",
         "Div",
@@ -50,8 +51,6 @@ VIEWS = frozenset(
     | {"Tile", "Transpose", "Unsqueeze"}
 )
 """What keeps a stream a stream where its other operands do not depend on the tokens; a step may hide behind it."""
-FREE_PREFIX = "free."
-"""Stands before names that begin as those of steering do, so that nothing is read from them."""
 DEFAULTS_IR_VERSION = 4
 """From this IR version on, an initializer that is also an input is a default; before, every initializer is."""
 
@@ -82,9 +81,8 @@ class SteppedGraph:
     """
 
     def __init__(self, model: ModelProto, opset: int, folder: Path | None) -> None:
-        self.model = split_fused_norms(_nameless(model))
+        self.model = nameless(model)
         graph = self.model.graph
-        _read_first_of_equals(graph)
         self.index = GraphIndex(graph)
         tensors = {tensor.name: tensor for tensor in graph.initializer}
         defaults = self.model.ir_version >= DEFAULTS_IR_VERSION
@@ -116,13 +114,30 @@ class SteppedGraph:
         """Whether the values of a tensor depend on the tokens."""
         return bool(self.values.get(tensor, 0) & self._content_bits)
 
+    @cached_property
+    def names(self) -> dict[str, set[str]]:
+        """Every name that a tensor has, itself included, by what `Expressions.root` gives for each of them."""
+        names: dict[str, set[str]] = {}
+        for tensor in self.index.producer:
+            root = self.expressions.root(tensor)
+            names.setdefault(root, {root}).add(tensor)
+        return names
+
     def without_steps(self) -> ModelProto:
-        """A copy of the graph in which whoever reads a step's output reads what the step was given."""
+        """A copy of the graph in which whoever reads a step's output reads what the step was given.
+
+        An output of the graph that a step computes is that tensor itself, under its name.
+        """
         bare = ModelProto()
         bare.CopyFrom(self.model)
         for node in bare.graph.node:
             for position, name in enumerate(node.input):
                 node.input[position] = self.before_steps(name)
+        given_out = {value.name for value in bare.graph.output}
+        for node in bare.graph.node:
+            if node.output and node.output[0] in given_out & self.by_output.keys():
+                before = self.before_steps(node.output[0])
+                node.CopyFrom(NodeProto(op_type="Identity", input=[before], output=node.output[:1]))
         _drop_unread(bare.graph)
         return bare
 
@@ -209,59 +224,6 @@ class SteppedGraph:
         if found:
             self._inside |= seen
         return found
-
-
-def shown(text: str) -> str:
-    """Names in a text as the file has them."""
-    return text.replace(FREE_PREFIX + STEERING_PREFIX, STEERING_PREFIX)
-
-
-def _nameless(model: ModelProto) -> ModelProto:
-    """A copy without metadata, whose names do not begin as those of steering do."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    del copy.metadata_props[:]
-    _rename(copy.graph)
-    return copy
-
-
-def _rename(graph: GraphProto) -> None:
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        value.name = _free(value.name)
-    for tensor in graph.initializer:
-        tensor.name = _free(tensor.name)
-    for node in graph.node:
-        node.name = _free(node.name)
-        del node.metadata_props[:]
-        for names in (node.input, node.output):
-            for position, name in enumerate(names):
-                if name.startswith(STEERING_PREFIX):
-                    names[position] = _free(name)
-        for body in subgraphs(node):
-            _rename(body)
-
-
-def _read_first_of_equals(graph: GraphProto) -> None:
-    """Where several nodes compute the same from the same, make readers read the first: a sum made twice is one sum."""
-    first: dict[tuple[object, ...], NodeProto] = {}
-    same: dict[str, str] = {}
-    for node in graph.node:
-        for position, name in enumerate(node.input):
-            node.input[position] = same.get(name, name)
-        if subgraphs(node) or not node.input:
-            continue
-        operands = sorted(node.input) if node.op_type in COMMUTATIVE_OPS else list(node.input)
-        attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
-        key = (node.domain, node.op_type, *operands, *attributes)
-        other = first.setdefault(key, node)
-        if other is not node and len(other.output) == len(node.output):
-            same |= {
-                name: kept for name, kept in zip(node.output, other.output, strict=True) if name and kept
-            }
-
-
-def _free(name: str) -> str:
-    return FREE_PREFIX + name if name.startswith(STEERING_PREFIX) else name
 
 
 def _drop_unread(graph: GraphProto) -> None:

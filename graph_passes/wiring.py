@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from graph_passes.expressions import reads_shape_only
 from graph_passes.graph_index import describe
 from graph_passes.residual_stream import cache_inputs
+from graph_passes.transparent import QDQ_OPS, TRANSPARENT_OPS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from graph_passes.residual_stream import ResidualStream
     from graph_passes.steps import SteppedGraph
 
-SUM_OPS = frozenset({"Add", "Cast", "Identity"})
+SUM_OPS = frozenset({"Add"}) | TRANSPARENT_OPS | QDQ_OPS
 
 
 def past(graph: SteppedGraph, stream: ResidualStream, natural: str, end: str, depth: int) -> str | None:
@@ -69,11 +70,7 @@ def odd_sums(graph: SteppedGraph, tensors: Collection[str], sums: Collection[str
 def _same(graph: SteppedGraph, tensor: str) -> set[str]:
     """The tensor under every name that it has."""
     root = graph.expressions.root(tensor)
-    names = {root}
-    for node in graph.index.nodes:
-        if node.output and node.output[0] and graph.expressions.root(node.output[0]) == root:
-            names.add(node.output[0])
-    return names
+    return graph.names.get(root, {root})
 
 
 def _forward(graph: SteppedGraph, start: set[str], blocked: set[str]) -> str | None:

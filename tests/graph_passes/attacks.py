@@ -77,6 +77,13 @@ def one_ulp(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     return with_values(model, name, values)
 
 
+def one_bit(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """The lowest bit of the first value flipped, in any type."""
+    values = numpy_helper.to_array(initializer(model, name)).copy()
+    values.reshape(-1).view(np.uint8)[0] ^= 1
+    return with_values(model, name, values)
+
+
 def negated(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     return with_values(model, name, -numpy_helper.to_array(initializer(model, name)))
 
