@@ -11,9 +11,10 @@ from __future__ import annotations
 import base64
 from typing import TYPE_CHECKING
 
+from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from calibration.errors import UnsupportedError
+from calibration.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -103,13 +104,23 @@ def join_fused_norms(graph: GraphProto) -> None:
         if ADDED_KEY in said:
             continue
         if ORIGINAL_KEY in said:
-            nodes.append(NodeProto.FromString(base64.b64decode(said[ORIGINAL_KEY])))
+            nodes.append(kept_node(said[ORIGINAL_KEY]))
         else:
             nodes.append(node)
     rewritten = GraphProto()
     rewritten.node.extend(nodes)
     del graph.node[:]
     graph.node.extend(rewritten.node)
+
+
+def kept_node(text: str) -> NodeProto:
+    """The node that a metadata entry keeps. Raises `InputError` when it keeps none."""
+    try:
+        return NodeProto.FromString(base64.b64decode(text, validate=True))
+    except (DecodeError, ValueError) as error:
+        raise InputError(
+            f"the graph was altered after patching: its metadata keeps no node where one was replaced ({error})"
+        ) from error
 
 
 def _chosen(graph: GraphProto, sums: Collection[str] | None) -> set[int]:

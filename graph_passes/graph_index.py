@@ -65,11 +65,15 @@ class GraphIndex:
         return None if position is None else self.nodes[position]
 
     def bit(self, tensor: str) -> int:
-        """The bit that stands for `tensor` in ancestor sets; 0 for constants."""
-        if tensor in self.constants:
+        """The bit that stands for `tensor` in ancestor sets; 0 for constants, and for an input that is left out."""
+        if not tensor or tensor in self.constants:
             return 0
         if tensor in self.producer:
             return 1 << self.producer[tensor]
+        if tensor not in self._input_number:
+            raise InputError(
+                f"no input, initializer or node of the graph defines {tensor!r}; the graph is damaged"
+            )
         return 1 << (len(self.nodes) + self._input_number[tensor])
 
     def ancestors(self, tensor: str) -> int:

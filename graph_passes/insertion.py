@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import ModelProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from calibration.errors import InputError, UnsupportedError
 from calibration.plan import Add, Site, SteeringPlan
@@ -23,6 +23,7 @@ from graph_passes.lowering import Lowered, StreamType, lower, lower_onto_bias, s
 from graph_passes.names import STEERED_PREFIX, STEERING_PREFIX, UNSTEERED_PREFIX, edit_names
 from graph_passes.opened_calls import calls_in_the_way, open_calls
 from graph_passes.residual_stream import ResidualStream, cache_inputs, find_residual_streams
+from graph_passes.scopes import Scope, decoder_scopes
 from graph_passes.selection import (
     Around,
     Selection,
@@ -33,10 +34,9 @@ from graph_passes.splices import Splice, apply_splices, export_nodes
 from graph_passes.steering_inputs import add_steering_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from graph_passes.graph_index import GraphIndex
-    from graph_passes.scopes import Scope
 
 MINIMUM_OPSET = 13
 """Squeeze and Unsqueeze take their axes as inputs from this opset on."""
@@ -138,14 +138,23 @@ def by_anchor(stream: StreamTensors, plan: SteeringPlan) -> dict[str, list[int]]
 
 
 def _refuse_steered(model: ModelProto) -> None:
-    names = [tensor.name for tensor in model.graph.initializer]
-    names += [name for node in model.graph.node for name in (node.name, *node.output)]
+    """Raise `InputError` for a graph that holds any name of ours: taking the steering out would take that along."""
+    graphs = {str(scope): scope.graph(model) for scope in (Scope(), *decoder_scopes(model))}
+    names = [name for graph in graphs.values() for name in _names_in(graph)]
     taken = [name for name in names if name.startswith(STEERING_PREFIX)]
     if taken:
         raise InputError(
             f"the graph is steered already: it holds {sorted(taken)[0]!r}; patch the unsteered graph instead, or "
             "use --replace"
         )
+
+
+def _names_in(graph: GraphProto) -> Iterator[str]:
+    for entries in (graph.initializer, graph.input, graph.output, graph.value_info):
+        yield from (entry.name for entry in entries)
+    for node in graph.node:
+        yield from (node.name, *node.output)
+        yield from (entry.key for entry in node.metadata_props)
 
 
 class _Insertion:

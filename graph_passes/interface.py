@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from onnx import TensorProto
+from graph_passes.tensor_sizes import type_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,7 +45,7 @@ def _ports(values: Iterable[ValueInfoProto]) -> tuple[Port, ...]:
     return tuple(
         Port(
             value.name,
-            TensorProto.DataType.Name(value.type.tensor_type.elem_type),
+            type_name(value.type.tensor_type.elem_type),
             tuple(
                 dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
                 for dim in value.type.tensor_type.shape.dim

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from calibration.errors import InputError
+from calibration.errors import InputError, UnsupportedError
 from calibration.plan import Add, Edit, Project
 from graph_passes.builder import Builder
+from graph_passes.tensor_sizes import type_name
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 NOTHING = "nothing"
 """Key of the scalar that is added or subtracted where an edit does not act."""
 
+STREAM_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+"""Element types that an edit can be lowered to."""
+
 
 @dataclass(frozen=True)
 class StreamType:
@@ -35,7 +39,12 @@ class StreamType:
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """The stream's dtype in numpy (bfloat16 by ml_dtypes)."""
+        """The stream's dtype in numpy (bfloat16 by ml_dtypes). Raises `UnsupportedError` for integers."""
+        if self.elem_type not in STREAM_TYPES:
+            raise UnsupportedError(
+                f"the residual stream is of type {type_name(self.elem_type)}; expected one of "
+                f"{', '.join(map(type_name, STREAM_TYPES))}"
+            )
         return np.dtype(helper.tensor_dtype_to_np_dtype(self.elem_type))
 
     @property

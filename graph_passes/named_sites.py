@@ -20,7 +20,7 @@ from graph_passes.names import is_steering
 from graph_passes.scopes import decoder_scopes
 from graph_passes.sites_file import ELEMENT_TYPES, FORMAT, VERSION
 from graph_passes.stream_table import dtype_name
-from graph_passes.tensor_types import recorded_types
+from graph_passes.tensor_types import fixed, recorded_types
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TypeProto
@@ -165,7 +165,7 @@ def _forms(index: GraphIndex, tensor: str) -> list[str]:
 def _types(model: ModelProto, tensors: list[str]) -> dict[str, TypeProto]:
     types = recorded_types(model, tensors)
     if len(types) < len(set(tensors)):
-        with suppress(onnx.shape_inference.InferenceError, ValueError):  # what stays unknown is not checked
+        with suppress(Exception):  # whatever is thrown in C++; what stays unknown is not checked
             types = recorded_types(onnx.shape_inference.infer_shapes(model), tensors)
     return types
 
@@ -175,7 +175,7 @@ def _dims(kind: TypeProto) -> list[int | str]:
     if not kind.tensor_type.HasField("shape"):
         return []
     dims = [dim.dim_value or dim.dim_param or "?" for dim in kind.tensor_type.shape.dim]
-    return [int(dim) if isinstance(dim, str) and dim.isdigit() else dim for dim in dims]
+    return [dim if isinstance(dim, int) else fixed(dim) or dim for dim in dims]
 
 
 def _check_type(field: str, tensor: str, kind: TypeProto, stream: ResidualStream) -> None:

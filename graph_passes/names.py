@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ STEERED_PREFIX = STEERING_PREFIX + "steered."
 """A steered graph input cannot be renamed; its consumers read this and the name."""
 NAME_PARTS = 6
 """sarsteer . layer . site . op . n . tensor or node."""
+LAYER = re.compile(r"[0-9]{1,9}")
+"""How a layer is written; other digits that Unicode knows, and numbers that Python does not read, are none."""
 
 
 def is_steering(node: NodeProto) -> bool:
@@ -45,5 +48,5 @@ def edit_of(name: str) -> str | None:
     """
     edit, _, _ = name.rpartition(".")
     parts = name.split(".")
-    belongs = name.startswith(STEERING_PREFIX) and len(parts) == NAME_PARTS and parts[1].isdigit()
+    belongs = name.startswith(STEERING_PREFIX) and len(parts) == NAME_PARTS and LAYER.fullmatch(parts[1])
     return edit if belongs else None

@@ -19,6 +19,7 @@ from onnx.external_data_helper import uses_external_data
 from calibration.errors import InputError
 from graph_passes.graph_index import subgraphs
 from graph_passes.tensor_sizes import check_inline_size, tensor_bytes
+from graph_passes.well_formed import check_well_formed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -62,6 +63,7 @@ def read_graph(path: str | Path) -> ModelProto:
     if not model.graph.node or not model.graph.output:
         raise InputError(f"ONNX file {source}: holds no graph; expected a decoder")
     try:
+        check_well_formed(model)
         for file in _check_tensors(model):
             _check_data_file(source.parent, file)
     except InputError as error:

@@ -15,7 +15,7 @@ import onnx.inliner
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
 
 from calibration.errors import InputError, UnsupportedError
-from graph_passes.fused_norms import is_fused, sum_name
+from graph_passes.fused_norms import is_fused, kept_node, sum_name
 from graph_passes.graph_index import GraphIndex, describe, subgraphs
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ CALL_KEY = "sarsteer.call"
 """Metadata entry of the first node of an opened call: the call, serialized, in base64."""
 OPENED_KEY = "sarsteer.opened"
 """Metadata entry of every node of an opened call: the call's number in the graph, in the order of opening."""
+
+MOST_DIGITS = 10
+"""A number of more digits is none of ours, and Python may refuse to read it."""
 
 
 def calls_in_the_way(model: ModelProto, scope: Scope, anchors: Collection[str]) -> list[int]:
@@ -78,7 +81,7 @@ def close_calls(graph: GraphProto) -> None:
             if _opened(node) != number:
                 nodes.append(node)
             elif (call := _said(node).get(CALL_KEY)) is not None:
-                nodes.append(NodeProto.FromString(base64.b64decode(call)))
+                nodes.append(kept_node(call))
         _write(graph, nodes)
 
 
@@ -98,8 +101,9 @@ def _body(
     )
     try:
         nodes = list(onnx.inliner.inline_local_functions(alone).graph.node)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{describe(call)} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever is thrown in C++
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise InputError(f"{describe(call)} cannot be read: {reason}") from error
     if not nodes or any(_function_id(node) == _function_id(call) for node in nodes):
         raise UnsupportedError(f"{describe(call)} cannot be opened; inline the file's functions first")
     stem = _free_stem(call, taken)
@@ -180,7 +184,7 @@ def _unsay(node: NodeProto) -> None:
 def _opened(node: NodeProto) -> int:
     """The number of the opened call that a node is of, or −1."""
     said = _said(node).get(OPENED_KEY, "")
-    return int(said) if said.isdecimal() else -1
+    return int(said) if said.isdecimal() and len(said) < MOST_DIGITS else -1
 
 
 def _write(graph: GraphProto, nodes: list[NodeProto]) -> None:

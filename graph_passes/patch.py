@@ -10,7 +10,7 @@ from calibration.plan import check_plan_fits
 from graph_passes.checks import check_count, check_interface, check_wiring
 from graph_passes.insertion import InsertedEdit, insert_edits
 from graph_passes.named_sites import check_flat
-from graph_passes.plan_names import FINGERPRINT_KEY, PLAN_KEY, metadata, name_plan
+from graph_passes.plan_names import CONSTANTS_KEY, FINGERPRINT_KEY, PLAN_KEY, metadata, name_plan
 from graph_passes.residual_stream import ResidualStream, find_residual_streams
 from graph_passes.scopes import Scope
 from graph_passes.selection import SteeringInputs
@@ -48,9 +48,10 @@ def patch_model(
     another model) or the graph is steered already, `UnsupportedError` when the graph cannot tell the positions
     that the plan names, or is a merged decoder and `stream` is given.
     """
-    if PLAN_KEY in metadata(model):
+    said = metadata(model)
+    if PLAN_KEY in said or CONSTANTS_KEY in said:
         raise InputError(
-            f"the graph says that it is steered already, by plan {metadata(model)[PLAN_KEY][:12]}; patch the unsteered "
+            f"the graph says that it is steered already, by plan {said.get(PLAN_KEY, '?')[:12]}; patch the unsteered "
             "graph instead, or use --replace"
         )
     if stream is not None:

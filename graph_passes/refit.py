@@ -25,6 +25,7 @@ from graph_passes.scopes import decoder_scopes
 from graph_passes.selection import Selection
 from graph_passes.steering_in import edit_initializers
 from graph_passes.steering_inputs import steering_inputs_of
+from graph_passes.tensor_sizes import type_name
 from graph_passes.unpatch import unpatch_model
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _check_constants(wanted: Mapping[str, NDArray[Any]], present: Mapping[str, T
             )
         if helper.np_dtype_to_tensor_dtype(values.dtype) != tensor.data_type:
             raise InputError(
-                f"the constant {name!r} is {TensorProto.DataType.Name(tensor.data_type)} in the graph; expected "
+                f"the constant {name!r} is {type_name(tensor.data_type)} in the graph; expected "
                 f"{values.dtype}; {INSTEAD}"
             )
 
@@ -176,6 +177,11 @@ def _check_nodes(wanted: GraphProto, held: GraphProto) -> None:
     if others:
         raise InputError(
             f"the graph holds {describe(next(iter(others.values())))}, which no edit has; {INSTEAD}"
+        )
+    if len(wanted.node) != len(held.node):
+        raise InputError(
+            f"the graph has {len(held.node)} nodes, and {len(wanted.node)} where the plan is patched in; the graph was "
+            f"altered after patching; {INSTEAD}"
         )
     for node, other in zip(wanted.node, held.node, strict=True):
         if node != other:

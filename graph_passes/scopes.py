@@ -82,8 +82,9 @@ def inlined(model: ModelProto) -> ModelProto:
     """
     try:
         return onnx.inliner.inline_local_functions(_of_one_opset(model))
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"the graph's functions cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever is thrown in C++, as for functions that call themselves
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise InputError(f"the graph's functions cannot be read: {reason}") from error
 
 
 def _of_one_opset(model: ModelProto) -> ModelProto:

@@ -11,6 +11,7 @@ from onnx.external_data_helper import uses_external_data
 
 from calibration.errors import InputError
 from graph_passes.names import edit_of
+from graph_passes.tensor_sizes import tensor_bytes, type_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +34,7 @@ class SteeringConstant:
 def edit_initializers(model: ModelProto) -> dict[str, TensorProto]:
     """The initializers of every edit by name, scalars included, in graph order: the graph's own, no copies.
 
-    Raises `InputError` for one whose values are not in the graph but in external data.
+    Raises `InputError` for one whose values are not in the graph but in external data, or are no real numbers.
     """
     found = {tensor.name: tensor for tensor in model.graph.initializer if edit_of(tensor.name) is not None}
     for tensor in found.values():
@@ -41,6 +42,11 @@ def edit_initializers(model: ModelProto) -> dict[str, TensorProto]:
             raise InputError(
                 f"the steering constant {tensor.name!r} lies in external data; expected it in the graph itself, "
                 "where `patch` puts it; patch the unsteered graph instead"
+            )
+        if tensor_bytes(tensor) is None or type_name(tensor.data_type).startswith("COMPLEX"):
+            raise InputError(
+                f"the steering constant {tensor.name!r} is of type {type_name(tensor.data_type)}; expected numbers; "
+                "patch the unsteered graph instead"
             )
     return found
 

@@ -49,7 +49,7 @@ def tensor_bytes(tensor: TensorProto) -> int | None:
     Raises `InputError` for a negative dimension.
     """
     elements = _elements(tensor)
-    bits = BITS.get(_type_name(tensor))
+    bits = BITS.get(type_name(tensor.data_type))
     return None if bits is None else -(-elements * bits // 8)
 
 
@@ -59,7 +59,7 @@ def check_inline_size(tensor: TensorProto) -> None:
     if tensor.HasField("raw_data"):
         held, wanted, what = len(tensor.raw_data), tensor_bytes(tensor), "bytes"
     else:
-        field, entries = TYPED_FIELDS.get(_type_name(tensor), ("", 0))
+        field, entries = TYPED_FIELDS.get(type_name(tensor.data_type), ("", 0))
         held = len(getattr(tensor, field)) if field else 0
         wanted, what = (elements * entries if field else None), "entries"
     if wanted is not None and held != wanted:
@@ -81,6 +81,6 @@ def _elements(tensor: TensorProto) -> int:
     return prod(tensor.dims)
 
 
-def _type_name(tensor: TensorProto) -> str:
-    """ONNX's name of a tensor's type; a number that this version of ONNX does not know has none."""
-    return TYPE_NAMES.get(tensor.data_type, "")
+def type_name(elem_type: int) -> str:
+    """ONNX's name of an element type; the number of one that this version of ONNX does not know."""
+    return TYPE_NAMES.get(elem_type, str(elem_type))

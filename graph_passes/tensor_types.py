@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import onnx
-from onnx import TensorProto
 
-from calibration.errors import SiteNotFoundError
+from calibration.errors import InputError, SiteNotFoundError
+from graph_passes.tensor_sizes import type_name
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TypeProto
@@ -29,7 +30,7 @@ def elem_type_and_width(model: ModelProto, start: str, outputs: list[str]) -> tu
     if len(elem_types) != 1:
         raise SiteNotFoundError(
             f"the residual stream at {outputs[0]!r} is not of one element type; found "
-            f"{sorted(TensorProto.DataType.Name(kind) for kind in elem_types) or 'none'}"
+            f"{sorted(map(type_name, elem_types)) or 'none'}"
         )
     return elem_types.pop(), widths.pop()
 
@@ -49,14 +50,23 @@ def _inferred(model: ModelProto) -> ModelProto:
         return onnx.shape_inference.infer_shapes(model)
     except onnx.shape_inference.InferenceError:
         return model  # operators it does not know; what is missing then is said by the caller
+    except Exception as error:  # whatever is thrown in C++: it meets damaged graphs unprepared
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise InputError(
+            f"the graph does not say how wide its stream is, and shape inference fails: {reason}"
+        ) from error
 
 
 def _widths(types: dict[str, TypeProto]) -> set[int]:
     """The fixed last dimensions (B, S, D); exporters write them as numbers or as numeric strings."""
     dims = [value.tensor_type.shape.dim for value in types.values()]
     last = [dim[2] for dim in dims if len(dim) == 3]
-    widths = {dim.dim_value or (int(dim.dim_param) if dim.dim_param.isdigit() else 0) for dim in last}
-    return widths - {0}
+    return {dim.dim_value or fixed(dim.dim_param) or 0 for dim in last} - {0}
+
+
+def fixed(symbol: str) -> int | None:
+    """The number that a symbolic dimension is in truth, as some exporters write it; None for a symbol."""
+    return int(symbol) if re.fullmatch(r"[0-9]{1,18}", symbol) else None
 
 
 def recorded_types(model: ModelProto, tensors: list[str]) -> dict[str, TypeProto]:

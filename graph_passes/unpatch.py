@@ -15,6 +15,7 @@ from graph_passes.opened_calls import close_calls
 from graph_passes.plan_names import CONSTANTS_KEY, PLAN_KEY
 from graph_passes.scopes import decoder_scopes
 from graph_passes.selection import STRENGTH_INPUT
+from graph_passes.well_formed import check_well_formed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ def unpatch_model(model: ModelProto) -> ModelProto:
     _keep(graph.input, lambda value: value.name not in STEERING_INPUTS)
     _keep(original.metadata_props, lambda entry: entry.key not in (PLAN_KEY, CONSTANTS_KEY))
     try:
+        check_well_formed(original)
         for scope in scopes:
             scope.index(original)
     except InputError as error:

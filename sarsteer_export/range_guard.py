@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -156,7 +157,11 @@ def _per_block(entry: dict[str, object], kind: str, num_layers: int) -> tuple[fl
     if not isinstance(values, (list, tuple)) or len(values) != num_layers:
         raise InputError(f"{where} is {values!r:.80}; expected {num_layers} numbers, one per block")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 <= value <= sys.float_info.max
+        ):
             raise InputError(f"{where} holds {value!r}; expected finite numbers, at least 0")
     return tuple(float(value) for value in values)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import signal
 import sys
 import threading
@@ -121,8 +122,17 @@ def _signals_interrupt(context: click.Context) -> Iterator[None]:
 
 
 def emit(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
-    """Print a result on stdout: as text for people, or as one JSON object."""
-    click.echo(json.dumps(result, indent=2, default=str) if as_json else text)
+    """Print a result on stdout: as text for people, or as one JSON object, in which null is no finite number."""
+    click.echo(json.dumps(_finite(result), indent=2, default=str) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON has not: a damaged file may hold any."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def quiet_transformers() -> None:
@@ -146,8 +156,16 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _fail(context: click.Context, message: str, exit_code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {_on_one_line(message)}", err=True)
     context.exit(exit_code)
+
+
+def _on_one_line(message: str) -> str:
+    """A message without what would end its line or move the cursor: it may quote a file from anywhere."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in message
+    )
 
 
 def _unexpected(error: Exception) -> tuple[str, int]:
@@ -223,4 +241,4 @@ class _StderrHandler(logging.Handler):
     """Writes to whatever stderr is now, so that it can be redirected."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+        click.echo(f"{record.levelname.lower()}: {_on_one_line(record.getMessage())}", err=True)

@@ -47,14 +47,11 @@ def command(
       sarsteer-export inspect build/pocket_lalm/onnx/decoder_model_merged.onnx --svg block.svg --block 3
     """
     from sarsteer_export.inspection.inspect import inspect
-    from sarsteer_export.inspection.written import check_outputs, with_picture, with_sites_file
+    from sarsteer_export.inspection.written import FilesToWrite, check_outputs, with_files
 
     if block is not None and svg is None:
         raise InputError("--block says which block to draw; name a picture with --svg")
     found = inspect(path)
     check_outputs(path, [output for output in (svg, sites) if output is not None], overwrite=overwrite)
-    if svg is not None:
-        found = with_picture(found, path, svg, block, overwrite=overwrite)
-    if sites is not None:
-        found = with_sites_file(found, path, sites, overwrite=overwrite)
+    found = with_files(found, path, FilesToWrite(sites, svg, block), overwrite=overwrite)
     emit(found.content, found.text, as_json=as_json)

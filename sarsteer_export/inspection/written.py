@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from calibration.errors import InputError, SiteNotFoundError, UnsupportedError
@@ -25,44 +27,57 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
-def with_sites_file(found: Inspection, decoder: Path, output: Path, *, overwrite: bool) -> Inspection:
-    """Write the sites of an ONNX decoder, or a skeleton with candidates where they are not found, and say so.
+@dataclass(frozen=True)
+class FilesToWrite:
+    """Where an inspection writes what it found, if anywhere: `sites` and `picture`; `block`: which one to draw."""
+
+    sites: Path | None = None
+    picture: Path | None = None
+    block: int | None = None
+
+
+def with_files(found: Inspection, decoder: Path, files: FilesToWrite, *, overwrite: bool) -> Inspection:
+    """Write the sites of an ONNX decoder and a picture of a block, and say so; both or, where one fails, none.
+
+    Raises what `sites_of` and `block_view` do.
+    """
+    if files.sites is None and files.picture is None:
+        return found
+    model, content, lines = _graph(decoder), dict(found.content), [found.text]
+    with ExitStack() as staging:
+        if files.picture is not None:
+            view = block_view(model, decoder.name, files.block)
+            staged = staging.enter_context(staged_file(files.picture, overwrite=overwrite))
+            staged.write_text(draw_block(view), encoding="utf-8")
+            content["picture"] = {"file": str(files.picture), "block": view.layer}
+            lines.append(f"block {view.layer} -> {files.picture}")
+        if files.sites is not None:
+            sites, said = sites_of(model)
+            write_sites(sites, staging.enter_context(staged_file(files.sites, overwrite=overwrite)))
+            content["sites_file"] = str(files.sites)
+            lines.append(f"sites -> {files.sites}, {said}")
+    return Inspection(content, "\n".join(lines))
+
+
+def sites_of(model: ModelProto) -> tuple[dict[str, Any], str]:
+    """The sites of a decoder as a sites file has them, or a skeleton with candidates; and which of the two it is.
 
     Raises `UnsupportedError` for a merged decoder, whose bodies one file of sites cannot describe.
     """
-    model = _graph(decoder)
     check_flat(model)
-    content: dict[str, Any]
     try:
-        content, said = sites_content(find_residual_stream(model)), "complete"
+        return sites_content(find_residual_stream(model)), "complete"
     except (SiteNotFoundError, UnsupportedError) as error:
         content = sites_skeleton(Scope().view(model), str(error))
-        said = f"to be completed by hand from {len(content['candidates'])} candidates"
-    with staged_file(output, overwrite=overwrite) as staged:
-        write_sites(content, staged)
-    return Inspection(
-        {**found.content, "sites_file": str(output)}, f"{found.text}\nsites -> {output}, {said}"
-    )
+        return content, f"to be completed by hand from {len(content['candidates'])} candidates"
 
 
-def with_picture(
-    found: Inspection, decoder: Path, output: Path, layer: int | None, *, overwrite: bool
-) -> Inspection:
-    """Draw a block of an ONNX decoder: block `layer`, or the first that is steered, or block 0.
+def block_view(model: ModelProto, name: str, layer: int | None) -> BlockView:
+    """What there is to draw of a block of the graph called `name`: `layer`, or the first that is steered, or block 0.
 
     Of a merged decoder the first body is drawn; the others hold the same blocks, and the same edits. Raises
     `SiteNotFoundError` when the residual stream is not found, `InputError` when there is no such block.
     """
-    view = block_view(_graph(decoder), decoder.name, layer)
-    picture = draw_block(view)
-    with staged_file(output, overwrite=overwrite) as staged:
-        staged.write_text(picture, encoding="utf-8")
-    content = {**found.content, "picture": {"file": str(output), "block": view.layer}}
-    return Inspection(content, f"{found.text}\nblock {view.layer} -> {output}")
-
-
-def block_view(model: ModelProto, name: str, layer: int | None) -> BlockView:
-    """What there is to draw of a block of the graph called `name`."""
     scope, stream = next(iter(find_residual_streams(model).items()))
     model = scope.view(model)
     table = stream_table(model, stream)
