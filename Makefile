@@ -29,9 +29,10 @@ demo: $(STAMP)  ## Build the steered bundle of the pocket LALM, prove it, and as
 	@echo '  $(BIN)/sarsteer-export run build/pocket_lalm --audio $(POCKET)/audio/test_harmful_02.flac \'
 	@echo '    --text "Please answer the question in the audio."'
 
-# One thread each: the models of the tests are so small that handing work to threads costs more than the work.
-test: lint  ## Lint, type-check and run the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread each: the models of the tests are so small that handing work to threads costs more than the work. A file
+# of tests stays in one process, which makes its models once.
+test: lint  ## Lint, type-check and run the whole suite, on every core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(STAMP)  ## Lint, type-check and check the import contracts
 	$(BIN)/ruff check .

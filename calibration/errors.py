@@ -41,3 +41,9 @@ class ParityError(SarsteerError):
     """An engine does not do what the steered PyTorch model does."""
 
     exit_code = 6
+
+
+class AuditError(SarsteerError):
+    """A file does not hold the steering that it should, or not all of it, or not unaltered."""
+
+    exit_code = 6

@@ -82,7 +82,8 @@ def choose(
 def cost(edit: Edit, form: Form, *, hidden_size: int, elem_bytes: int, sequence: int) -> Cost:
     """What an edit in some form adds to a pass of S positions, batch 1, when every node runs by itself.
 
-    Casts, which half-precision streams need around a projection, are left out.
+    Left out are casts, which half-precision streams need around a projection, and what a fed strength adds: one
+    product with a vector (D,) per row and edit.
     """
     D, S = hidden_size, sequence
     vector, stream = D * elem_bytes, S * D * elem_bytes
@@ -144,4 +145,4 @@ def bias_of(index: GraphIndex, node: NodeProto) -> str:
 
 
 def _is_vector(index: GraphIndex, name: str) -> bool:
-    return any(tensor.name == name and len(tensor.dims) == 1 for tensor in index.graph.initializer)
+    return name in index.initializers and len(index.initializers[name].dims) == 1

@@ -10,7 +10,7 @@ from collections import defaultdict
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from onnx import AttributeProto, GraphProto, NodeProto
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
 from calibration.errors import InputError, UnsupportedError
 
@@ -31,13 +31,13 @@ class GraphIndex:
     """
 
     def __init__(
-        self, graph: GraphProto, outer_inputs: Iterable[str] = (), outer_constants: Iterable[str] = ()
+        self, graph: GraphProto, outer_inputs: Iterable[str] = (), outer_constants: Iterable[TensorProto] = ()
     ) -> None:
         self.graph = graph
         self.nodes: list[NodeProto] = list(graph.node)
-        self.constants = {tensor.name for tensor in graph.initializer}
+        self.initializers = {tensor.name: tensor for tensor in (*outer_constants, *graph.initializer)}
+        self.constants = set(self.initializers)
         self.constants |= {str(tensor.values.name) for tensor in graph.sparse_initializer}
-        self.constants |= set(outer_constants)
         named = [*(value.name for value in graph.input), *outer_inputs]
         self.inputs = [name for name in named if name not in self.constants]
         self.producer: dict[str, int] = {}

@@ -8,46 +8,40 @@ that name, reads the edited one. Nothing else of the file is rewritten, so nothi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from calibration.errors import InputError, UnsupportedError
-from calibration.plan import Add, Positions, Site, SteeringPlan
+from calibration.plan import Add, Site, SteeringPlan
 from graph_passes.forms import Choice, Form, bias_of, choose
 from graph_passes.fused_norms import split_in_place
-from graph_passes.graph_index import GraphIndex, rename_reads
 from graph_passes.lowering import Lowered, StreamType, lower, lower_onto_bias, scaled_vector
 from graph_passes.names import STEERED_PREFIX, STEERING_PREFIX, UNSTEERED_PREFIX, edit_names
 from graph_passes.opened_calls import calls_in_the_way, open_calls
 from graph_passes.residual_stream import ResidualStream, cache_inputs, find_residual_streams
 from graph_passes.scopes import Scope, decoder_scopes
 from graph_passes.selection import (
-    LAST_NODE,
-    POSITIONS_INPUT,
-    PROMPT_LENGTHS_INPUT,
-    STRENGTH_INPUT,
     Around,
-    LastFrom,
-    PromptFrom,
     Selection,
     SteeringInputs,
-    StrengthInput,
     share,
 )
+from graph_passes.splices import Splice, apply_splices, export_nodes
+from graph_passes.steering_inputs import add_steering_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from graph_passes.graph_index import GraphIndex
 
 MINIMUM_OPSET = 13
 """Squeeze and Unsqueeze take their axes as inputs from this opset on."""
 BFLOAT16_OPSET = 16
 """Where takes bfloat16 from this opset on."""
-OVERRIDABLE_IR_VERSION = 4
-"""From this IR version on an initializer that is also an input is a default, which a runtime may be fed over."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +63,6 @@ class InsertedEdit:
     nodes: tuple[str, ...]
     constants: tuple[str, ...]
     scope: str = ""
-
-
-@dataclass(frozen=True)
-class _Splice:
-    """Nodes to insert behind what computes `anchor` (none computes a graph input), and their constants.
-
-    `renames`: what a node reads instead, by node and tensor. `appended`: an input that a node gets in the end.
-    """
-
-    anchor: str
-    nodes: Sequence[NodeProto]
-    constants: Sequence[TensorProto]
-    renames: Sequence[tuple[str, str, str]] = field(default=())
-    appended: Sequence[tuple[str, str]] = field(default=())
 
 
 def opset_of(model: ModelProto) -> int:
@@ -157,80 +137,6 @@ def by_anchor(stream: StreamTensors, plan: SteeringPlan) -> dict[str, list[int]]
     return anchors
 
 
-def add_steering_inputs(model: ModelProto, plan: SteeringPlan, inputs: SteeringInputs) -> None:
-    """Give a graph the inputs by which it is told positions and strength; strength has a default of 1."""
-    ports: list[tuple[str, int, list[str | int]]] = []
-    batch = _batch_dimension(model)
-    if inputs.last_from is LastFrom.INPUT and any(edit.positions == Positions.LAST for edit in plan.edits):
-        ports.append((POSITIONS_INPUT, TensorProto.INT64, [batch]))
-    if inputs.prompt_from is PromptFrom.INPUT and any(
-        edit.positions.needs_prompt_length for edit in plan.edits
-    ):
-        ports.append((PROMPT_LENGTHS_INPUT, TensorProto.INT64, [batch]))
-    if inputs.strength is not None:
-        if model.ir_version < OVERRIDABLE_IR_VERSION:
-            raise UnsupportedError(
-                f"the graph's IR version is {model.ir_version}; a strength that may be left out needs at least "
-                f"{OVERRIDABLE_IR_VERSION}; export it again"
-            )
-        per_edit = [len(plan.edits)] if inputs.strength is StrengthInput.EDITS else []
-        ports.append((STRENGTH_INPUT, TensorProto.FLOAT, [batch, *per_edit]))
-        default = np.ones([1, *per_edit], dtype=np.float32)
-        model.graph.initializer.append(
-            helper.make_tensor(STRENGTH_INPUT, TensorProto.FLOAT, default.shape, default.tobytes(), raw=True)
-        )
-    taken = {value.name for value in model.graph.input} | {
-        name for node in model.graph.node for name in node.output
-    }
-    for name, elem_type, dims in ports:
-        if name in taken:
-            raise InputError(f"the graph has a tensor {name!r} of its own; expected that name to be free")
-        model.graph.input.append(helper.make_tensor_value_info(name, elem_type, dims))
-
-
-def without_strength_default(model: ModelProto) -> ModelProto:
-    """A copy of a graph in which the strength must be fed; `model` itself where it has no such input.
-
-    Runtimes that know no defaults (TensorRT) take an initializer of an input's name for a constant.
-    """
-    if all(tensor.name != STRENGTH_INPUT for tensor in model.graph.initializer):
-        return model
-    required = ModelProto()
-    required.CopyFrom(model)
-    kept = [tensor for tensor in required.graph.initializer if tensor.name != STRENGTH_INPUT]
-    del required.graph.initializer[:]
-    required.graph.initializer.extend(kept)
-    return required
-
-
-def _batch_dimension(model: ModelProto) -> str | int:
-    """The first dimension of the inputs, by its symbol, so that all that is fed agrees."""
-    for value in model.graph.input:
-        if (
-            value.name in ("inputs_embeds", "input_ids", "attention_mask")
-            and value.type.tensor_type.shape.dim
-        ):
-            dim = value.type.tensor_type.shape.dim[0]
-            return int(dim.dim_value) if dim.HasField("dim_value") else str(dim.dim_param) or "batch"
-    return "batch"
-
-
-def steering_inputs_of(model: ModelProto) -> SteeringInputs:
-    """What a steered graph is told at run time, as its inputs and its mask of last positions show it."""
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
-    nodes = [node for scope in decoder_scopes(model) for node in scope.graph(model).node]
-    last_from = LastFrom.ATTENTION_MASK
-    if POSITIONS_INPUT in shapes:
-        last_from = LastFrom.INPUT
-    elif any(node.name == LAST_NODE and node.op_type == "Sub" for node in nodes):
-        last_from = LastFrom.SEQUENCE
-    strength = None
-    if STRENGTH_INPUT in shapes:
-        strength = StrengthInput.BATCH if len(shapes[STRENGTH_INPUT]) == 1 else StrengthInput.EDITS
-    prompt_from = PromptFrom.INPUT if PROMPT_LENGTHS_INPUT in shapes else PromptFrom.PAST
-    return SteeringInputs(last_from, prompt_from, strength)
-
-
 def _refuse_steered(model: ModelProto) -> None:
     """Raise `InputError` for a graph that holds any name of ours: taking the steering out would take that along."""
     graphs = {str(scope): scope.graph(model) for scope in (Scope(), *decoder_scopes(model))}
@@ -282,7 +188,7 @@ class _Insertion:
             splice, records = self._edits_at(anchor, numbers, choices, index)
             splices.append(splice)
             inserted += records
-        _apply(graph, model.graph, index, splices)
+        apply_splices(graph, model.graph, index, splices)
         return sorted(inserted, key=lambda edit: edit.number)
 
     def _choices(self, index: GraphIndex) -> dict[int, Choice]:
@@ -312,7 +218,7 @@ class _Insertion:
                 "inline the file's functions first (onnx.inliner.inline_local_functions) and patch the result"
             )
 
-    def _shared(self, index: GraphIndex, choices: Mapping[int, Choice]) -> _Splice:
+    def _shared(self, index: GraphIndex, choices: Mapping[int, Choice]) -> Splice:
         """What edits share, behind the start of the stream, whose shape it reads; where that is inside a function,
         behind the first tensor that is edited.
 
@@ -336,12 +242,12 @@ class _Insertion:
             ),
         )
         self._selections = shared.selections
-        graph = _export(shared.nodes, self._opset)
-        return _Splice(anchor, graph.node, graph.initializer)
+        graph = export_nodes(shared.nodes, self._opset)
+        return Splice(anchor, graph.node, graph.initializer)
 
     def _edits_at(
         self, anchor: str, numbers: Sequence[int], choices: Mapping[int, Choice], index: GraphIndex
-    ) -> tuple[_Splice, list[InsertedEdit]]:
+    ) -> tuple[Splice, list[InsertedEdit]]:
         stream = StreamType(self._stream.elem_type_of(anchor))
         if stream.elem_type == TensorProto.BFLOAT16 and self._opset < BFLOAT16_OPSET:
             raise UnsupportedError(
@@ -361,12 +267,12 @@ class _Insertion:
             nodes += lowered.nodes
             records.append(self._record(number, anchor, choices[number], lowered))
         hidden.name = STEERED_PREFIX + anchor if is_input else anchor
-        graph = _export(nodes, self._opset)
-        return _Splice(anchor, graph.node, graph.initializer), records
+        graph = export_nodes(nodes, self._opset)
+        return Splice(anchor, graph.node, graph.initializer), records
 
     def _onto_bias(
         self, anchor: str, number: int, choice: Choice, index: GraphIndex
-    ) -> tuple[_Splice, list[InsertedEdit]]:
+    ) -> tuple[Splice, list[InsertedEdit]]:
         """An edit at all positions as a bias that is added to the stream anyway."""
         edit, name, node = self._plan.edits[number], self._names[number], choice.node
         assert isinstance(edit, Add)  # noqa: S101 - only these get a bias form
@@ -377,13 +283,13 @@ class _Insertion:
                 vector, TensorProto.FLOAT, edit.vector.shape, scaled_vector(edit).tobytes(), raw=True
             )
             record = self._record(number, anchor, choice, Lowered([], gs.Variable(vector)), (vector,))
-            return _Splice(anchor, (), (constant,), appended=((node.output[0], vector),)), [record]
+            return Splice(anchor, (), (constant,), appended=((node.output[0], vector),)), [record]
         bias = bias_of(index, node)
         lowered = lower_onto_bias(edit, name, gs.Variable(bias, dtype=np.float32))
-        graph = _export(lowered.nodes, self._opset)
+        graph = export_nodes(lowered.nodes, self._opset)
         renames = ((node.output[0], bias, lowered.output.name),)
         before = next(name for name in node.input if name != bias)
-        splice = _Splice(before, graph.node, graph.initializer, renames=renames)
+        splice = Splice(before, graph.node, graph.initializer, renames=renames)
         return splice, [self._record(number, anchor, choice, lowered)]
 
     def _record(
@@ -407,57 +313,3 @@ class _Insertion:
             constants=constants or tuple(dict.fromkeys(own)),
             scope=str(self._scope),
         )
-
-
-def _export(nodes: Sequence[gs.Node], opset: int) -> GraphProto:
-    """Nodes and their constants as protobufs; what no node computes is taken as given."""
-    computed = {id(tensor) for node in nodes for tensor in node.outputs}
-    read = {tensor.name: tensor for node in nodes for tensor in node.inputs}
-    given = [t for t in read.values() if id(t) not in computed and not isinstance(t, gs.Constant)]
-    exported: ModelProto = gs.export_onnx(
-        gs.Graph(nodes=list(nodes), inputs=given, opset=opset), do_type_check=False
-    )
-    return exported.graph
-
-
-def _apply(graph: GraphProto, outermost: GraphProto, index: GraphIndex, splices: Sequence[_Splice]) -> None:
-    """Rename what producers compute and write the nodes anew, the inserted ones in their places.
-
-    Constants go to the outermost graph, where the bodies of an `If` share them.
-    """
-    behind: dict[int, list[NodeProto]] = {}
-    nodes = list(graph.node)
-    types = {value.name: value for value in (*graph.value_info, *graph.output)}
-    held = {tensor.name for tensor in outermost.initializer}
-    for splice in splices:
-        position = index.producer.get(splice.anchor, -1)
-        behind.setdefault(position, []).extend(splice.nodes)
-        outermost.initializer.extend(tensor for tensor in splice.constants if tensor.name not in held)
-        held.update(tensor.name for tensor in splice.constants)
-        for output, old, new in splice.renames:
-            rename_reads(nodes[index.producer[output]], old, new)
-        for output, name in splice.appended:
-            nodes[index.producer[output]].input.append(name)
-        produced = {name for node in splice.nodes for name in node.output}
-        if splice.anchor in produced:
-            outputs = nodes[position].output
-            outputs[list(outputs).index(splice.anchor)] = UNSTEERED_PREFIX + splice.anchor
-            if splice.anchor in types:
-                _copy_type(graph, types[splice.anchor], UNSTEERED_PREFIX + splice.anchor)
-        elif STEERED_PREFIX + splice.anchor in produced:
-            for consumer in index.consumers[splice.anchor]:
-                rename_reads(nodes[consumer], splice.anchor, STEERED_PREFIX + splice.anchor)
-    order = list(behind.get(-1, []))
-    for position, node in enumerate(nodes):
-        order.append(node)
-        order.extend(behind.get(position, []))
-    rewritten = GraphProto()
-    rewritten.node.extend(order)
-    del graph.node[:]
-    graph.node.extend(rewritten.node)
-
-
-def _copy_type(graph: GraphProto, value: ValueInfoProto, name: str) -> None:
-    copy = graph.value_info.add()
-    copy.CopyFrom(value)
-    copy.name = name

@@ -16,7 +16,6 @@ from calibration.errors import InputError
 from calibration.plan import Positions, check_plan_fits
 from graph_passes.checks import GraphDamagedError
 from graph_passes.graph_index import describe
-from graph_passes.insertion import steering_inputs_of
 from graph_passes.lowering import StreamType, lower
 from graph_passes.names import edit_names, edit_of, is_steering
 from graph_passes.patch import patch_model
@@ -25,6 +24,7 @@ from graph_passes.residual_stream import find_residual_streams
 from graph_passes.scopes import decoder_scopes
 from graph_passes.selection import Selection
 from graph_passes.steering_in import edit_initializers
+from graph_passes.steering_inputs import steering_inputs_of
 from graph_passes.tensor_sizes import type_name
 from graph_passes.unpatch import unpatch_model
 

@@ -36,6 +36,11 @@ LOGIT_OPS = frozenset({"Add", "Div", "Mul", "Tanh"})
 SELECTION_OPS = frozenset({"Gather", "GatherND", "Reshape", "Slice", "Squeeze", "Unsqueeze"})
 """What may stand on either side of the head: a graph that computes the logits of some positions only."""
 
+BY_HAND = (
+    "if you know the tensors, say them by hand: `inspect --sites FILE` writes what to fill in, "
+    "`patch --sites FILE` takes it"
+)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -133,14 +138,15 @@ def find_residual_streams(model: ModelProto) -> dict[Scope, ResidualStream]:
         try:
             streams[scope] = find_residual_stream(scope.view(model))
         except SiteNotFoundError as error:
-            raise SiteNotFoundError(f"{scope}: {error}" if str(scope) else str(error)) from None
+            where = f"{scope}: " if str(scope) else ""
+            raise SiteNotFoundError(f"{where}{error}; {BY_HAND}") from None
     shapes = {(len(stream.blocks), stream.hidden_size, stream.elem_type) for stream in streams.values()}
     if len(shapes) > 1:
         found = "; ".join(
             f"{scope}: {len(stream.blocks)} blocks of width {stream.hidden_size}"
             for scope, stream in streams.items()
         )
-        raise SiteNotFoundError(f"the bodies of the merged decoder differ: {found}")
+        raise SiteNotFoundError(f"the bodies of the merged decoder differ: {found}; {BY_HAND}")
     return streams
 
 
@@ -323,9 +329,15 @@ def _blocks(index: GraphIndex, adds: list[_ResidualAdd]) -> tuple[Block, ...]:
     if caches and caches != 2 * len(blocks):
         raise SiteNotFoundError(
             f"found {len(blocks)} decoder blocks on the residual stream, but the graph has {caches} KV-cache "
-            f"inputs; expected {2 * len(blocks)}"
+            f"inputs; expected {2 * len(blocks)}; the blocks end at {_ends(blocks)}"
         )
     return tuple(blocks)
+
+
+def _ends(blocks: list[Block]) -> str:
+    """The nodes that blocks end with, the middle of many left out."""
+    names = [block.adds[-1] for block in blocks]
+    return ", ".join(names if len(names) <= 4 else [*names[:2], "…", *names[-2:]])
 
 
 def _cross_check_scopes(index: GraphIndex, blocks: tuple[Block, ...]) -> None:
@@ -345,9 +357,9 @@ def _cross_check_scopes(index: GraphIndex, blocks: tuple[Block, ...]) -> None:
 
 def _final_norm_output(index: GraphIndex, stream_end: str, elem_type: int) -> str | None:
     """The norm of every position that the head reads or, in a graph without a head, that it gives out."""
-    end = index.bit(_source(index, stream_end))
-    tensor, head_passed = _norm_by_head(index, end, elem_type)
     stream = _source(index, stream_end)
+    end = index.bit(stream)
+    tensor, head_passed = _norm_by_head(index, stream, elem_type)
     if not head_passed:
         tensor = _logits(index)
         if _holds(index, _source(index, tensor), stream, MATMUL_OPS):
@@ -365,8 +377,9 @@ def _final_norm_output(index: GraphIndex, stream_end: str, elem_type: int) -> st
     return None if any(selects) else tensor
 
 
-def _norm_by_head(index: GraphIndex, end: int, elem_type: int) -> tuple[str, bool]:
-    """Walk back from the logits over the head; where that ends, and whether there was a head."""
+def _norm_by_head(index: GraphIndex, stream: str, elem_type: int) -> tuple[str, bool]:
+    """Walk back from the logits over the head to what it reads; where that ends, and whether there was a head."""
+    end = index.bit(stream)
     tensor, head_passed = _logits(index), False
     while (node := index.producer_of(tensor)) is not None and not is_steering(node):
         is_head = node.op_type in MATMUL_OPS and not head_passed
@@ -381,6 +394,8 @@ def _norm_by_head(index: GraphIndex, end: int, elem_type: int) -> tuple[str, boo
         sources = [name for name in node.input if name and index.ancestors(name) & end]
         if not sources:
             break
+        if not head_passed and not is_head:  # the scales of a quantised head depend on the norm too
+            sources = [name for name in sources if _holds(index, name, stream, MATMUL_OPS)] or sources
         tensor, head_passed = sources[0], head_passed or is_head
         tensor = in_float(index, tensor) if is_head else tensor
     return tensor, head_passed

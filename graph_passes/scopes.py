@@ -54,7 +54,7 @@ class Scope:
         return GraphIndex(
             self.graph(model),
             [*(value.name for value in outer.input), *computed],
-            [tensor.name for tensor in outer.initializer],
+            outer.initializer,
         )
 
     def view(self, model: ModelProto) -> ModelProto:
@@ -76,12 +76,30 @@ def decoder_scopes(model: ModelProto) -> tuple[Scope, ...]:
 
 
 def inlined(model: ModelProto) -> ModelProto:
-    """A copy of `model` whose calls of its own functions are replaced by what they compute; outer names stay."""
+    """A copy of `model` whose calls of its own functions are replaced by what they compute; outer names stay.
+
+    A function written for another opset is read as if for the graph's, which the inliner asks for: this is a view.
+    """
     try:
-        return onnx.inliner.inline_local_functions(model)
+        return onnx.inliner.inline_local_functions(_of_one_opset(model))
     except Exception as error:  # whatever is thrown in C++, as for functions that call themselves
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise InputError(f"the graph's functions cannot be read: {reason}") from error
+
+
+def _of_one_opset(model: ModelProto) -> ModelProto:
+    """`model`, or a copy whose functions name the graph's opsets as theirs."""
+    versions = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    view = model
+    for number, function in enumerate(model.functions):
+        for at, entry in enumerate(function.opset_import):
+            version = versions.get(entry.domain or "ai.onnx", entry.version)
+            if version != entry.version:
+                if view is model:
+                    view = ModelProto()
+                    view.CopyFrom(model)
+                view.functions[number].opset_import[at].version = version
+    return view
 
 
 def _computes(node: NodeProto) -> bool:

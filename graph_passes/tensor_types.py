@@ -35,6 +35,28 @@ def elem_type_and_width(model: ModelProto, start: str, outputs: list[str]) -> tu
     return elem_types.pop(), widths.pop()
 
 
+def _inferred(model: ModelProto) -> ModelProto:
+    """`model` with the types that shape inference finds, which knows ONNX's own operators by no domain alone."""
+    domains = {entry.domain for entry in model.opset_import} | {node.domain for node in model.graph.node}
+    if "ai.onnx" in domains:
+        view = onnx.ModelProto()
+        view.CopyFrom(model)
+        for opset in view.opset_import:
+            opset.domain = "" if opset.domain == "ai.onnx" else opset.domain
+        for node in view.graph.node:
+            node.domain = "" if node.domain == "ai.onnx" else node.domain
+        model = view
+    try:
+        return onnx.shape_inference.infer_shapes(model)
+    except onnx.shape_inference.InferenceError:
+        return model  # operators it does not know; what is missing then is said by the caller
+    except Exception as error:  # whatever is thrown in C++: it meets damaged graphs unprepared
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise InputError(
+            f"the graph does not say how wide its stream is, and shape inference fails: {reason}"
+        ) from error
+
+
 def _widths(types: dict[str, TypeProto]) -> set[int]:
     """The fixed last dimensions (B, S, D); exporters write them as numbers or as numeric strings."""
     dims = [value.tensor_type.shape.dim for value in types.values()]
@@ -45,16 +67,6 @@ def _widths(types: dict[str, TypeProto]) -> set[int]:
 def fixed(symbol: str) -> int | None:
     """The number that a symbolic dimension is in truth, as some exporters write it; None for a symbol."""
     return int(symbol) if re.fullmatch(r"[0-9]{1,18}", symbol) else None
-
-
-def _inferred(model: ModelProto) -> ModelProto:
-    try:
-        return onnx.shape_inference.infer_shapes(model)
-    except Exception as error:  # whatever is thrown in C++: it meets damaged graphs unprepared
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise InputError(
-            f"the graph does not say how wide its stream is, and shape inference fails: {reason}"
-        ) from error
 
 
 def recorded_types(model: ModelProto, tensors: list[str]) -> dict[str, TypeProto]:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from graph_passes.graph_index import GraphIndex
 
 TRANSPARENT_OPS = frozenset({"Cast", "Identity"})
+QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 QUANTISING_OPS = frozenset({"QuantizeLinear", "DynamicQuantizeLinear"})
 """What makes integers of a float tensor, its first input."""
 
@@ -33,13 +34,12 @@ def behind_quantisation(index: GraphIndex, tensor: str) -> str:
     An edit there is not rounded again with scales that were calibrated without it. Where readers differ, one reading
     `tensor` and another a pair behind it, or where the graph gives `tensor` out, no such tensor exists.
     """
-    outputs = {value.name for value in index.graph.output}
     found = tensor
-    while tensor not in outputs and len(readers := index.consumers[tensor]) == 1:
+    while len(readers := index.consumers[tensor]) == 1:
         node = index.nodes[readers[0]]
-        if node.op_type not in TRANSPARENT_OPS | {"QuantizeLinear", "DequantizeLinear"}:
+        if node.op_type not in TRANSPARENT_OPS | QDQ_OPS or node.input[0] != tensor:
             break
-        if node.input[0] != tensor:
+        if any(value.name == tensor for value in index.graph.output):
             break
         tensor = node.output[0]
         if node.op_type == "DequantizeLinear":

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from calibration.errors import SarsteerError
     from calibration.plan import Add, Positions, Project, Site, SteeringPlan
     from calibration.steered import steered
+    from graph_passes.audit_report import AuditReport
     from graph_passes.selection import LastFrom, PromptFrom, SteeringInputs, StrengthInput
+    from sarsteer_export.auditing import audit
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.engine_build import EngineSettings, build_engines
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Add": "calibration.plan",
+    "AuditReport": "graph_passes.audit_report",
     "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
@@ -46,6 +49,7 @@ _HOMES = {
     "SteeringPlan": "calibration.plan",
     "SteeringSettings": "calibration.directions",
     "StrengthInput": "graph_passes.selection",
+    "audit": "sarsteer_export.auditing",
     "build": "sarsteer_export.pipeline",
     "build_engines": "sarsteer_export.engine_build",
     "calibrate": "calibration.calibrate",
@@ -61,6 +65,7 @@ _HOMES = {
 
 __all__ = [
     "Add",
+    "AuditReport",
     "BuildSettings",
     "Bundle",
     "CalibrationSettings",
@@ -78,6 +83,7 @@ __all__ = [
     "SteeringPlan",
     "SteeringSettings",
     "StrengthInput",
+    "audit",
     "build",
     "build_engines",
     "calibrate",

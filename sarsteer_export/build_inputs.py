@@ -15,8 +15,8 @@ from calibration.checkpoint import (
     processor_digest,
     read_config,
 )
-from calibration.errors import InputError
-from calibration.plan import SteeringPlan, check_plan_fits
+from calibration.errors import InputError, UnsupportedError
+from calibration.plan import PositionKind, SteeringPlan, check_plan_fits
 from calibration.requests import (
     SpokenRequest,
     check_audio_files,
@@ -141,6 +141,7 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)
         _check_plan_fits_config(plan, config, identity, force=settings.force)
+        _check_positions(plan)
         calibration: Any = plan.digest()
         magnitudes = plan.provenance.get(
             PROVENANCE_KEY
@@ -175,6 +176,16 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     return BuildInputs(
         model, identity, _longest(config), harmful, benign, evaluation, stages, _decoder_inputs(config)
     )
+
+
+def _check_positions(plan: SteeringPlan) -> None:
+    """Raise `UnsupportedError` for positions that a bundle's decoder, which is told no prompt lengths, cannot find."""
+    for number, edit in enumerate(plan.edits):
+        if edit.positions.kind is PositionKind.FIRST:
+            raise UnsupportedError(
+                f"edit {number} of the plan acts at {edit.positions.value!r}; what drives a bundle does not tell its "
+                "decoder where prompts end; export the model and steer the decoder with `patch --prompt-from input`"
+            )
 
 
 def _check_profiles(settings: BuildSettings, config: dict[str, Any]) -> None:

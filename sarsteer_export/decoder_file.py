@@ -11,7 +11,7 @@ from graph_passes.onnx_file import external_files, write_graph
 from sarsteer_export.staging import check_output, staged_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from onnx import ModelProto
 
@@ -34,18 +34,21 @@ def write_decoder(
     *,
     overwrite: bool,
     copy: bool = False,
+    kept: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> None:
     """Write a graph made from `source`: beside it sharing its external data, elsewhere with a copy of it.
 
-    With `copy`, the data is copied beside it too, and `graph` made to refer to the copy. Raises `InputError`
-    when the output, or data that would be copied, exists and may not be overwritten, or there is no room.
+    With `copy`, the data is copied beside it too, and `graph` made to refer to the copy. `kept`: files that are
+    never overwritten. Raises `InputError` when the output, or data that would be copied, exists and may not be
+    overwritten, or there is no room.
     """
     beside = _place(target.parent) == _place(source.parent)
     locations = {file.location: file.location for file in external_files(graph)}
     if beside:
         locations = copied_locations(graph, target.name) if copy else {}
     check_output(target, overwrite=overwrite)
+    _check_kept(kept, [target, *(target.parent / location for location in locations.values())])
     _check_places(source, target, locations, overwrite=overwrite)
     with staged_file(target, overwrite=overwrite) as staged:
         copies = {source.parent / old: staged.parent / new for old, new in locations.items()}
@@ -53,6 +56,14 @@ def write_decoder(
         if locations:
             relocate(graph, locations)
         write_graph(graph, staged)
+
+
+def _check_kept(kept: Sequence[Path], written: Sequence[Path]) -> None:
+    """Raise `InputError` when what is written would replace a file that was read, or the link it was read by."""
+    places = {_place(path) for path in written}
+    for path in kept:
+        if {_place(path), path.resolve()} & places:
+            raise InputError(f"{path}: is read, and would be written over; name another output")
 
 
 def _check_places(source: Path, target: Path, locations: Mapping[str, str], *, overwrite: bool) -> None:

@@ -18,11 +18,11 @@ from engines.profiles import ProfileLimits, derive_profiles, explicit_profiles
 from engines.sidecar import ENGINE_SUFFIX, Binding, EngineRecord, Profile, sidecar_of
 from engines.trt.build import EngineSource, build_engine, check_can_build
 from engines.trt.network import RequiredConstant
-from graph_passes.insertion import without_strength_default
 from graph_passes.interface import Port, graph_inputs, graph_outputs
 from graph_passes.onnx_file import external_files, read_graph
 from graph_passes.plan_names import FINGERPRINT_KEY, PLAN_KEY, check_steering_whole, metadata
 from graph_passes.steering_in import edit_initializers
+from graph_passes.steering_inputs import without_strength_default
 from sarsteer_export.bundle.manifest import file_sha256
 from sarsteer_export.staging import check_output, check_outside_bundle, nearest_folder, staged_file
 

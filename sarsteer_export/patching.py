@@ -10,7 +10,7 @@ from calibration.combine import CombineRule, combine_plans
 from calibration.errors import InputError
 from calibration.plan import SteeringPlan
 from graph_passes.named_sites import check_flat, check_sites
-from graph_passes.onnx_file import external_files, read_graph
+from graph_passes.onnx_file import read_graph
 from graph_passes.patch import PatchResult, patch_model
 from graph_passes.scopes import Scope
 from graph_passes.selection import SteeringInputs
@@ -71,13 +71,20 @@ def patch(
     graph = read_graph(source)
     chosen = load_plans(plan, settings.combine)
     check_output_name(graph, source, target)
-    _refuse_to_replace_given(graph, source, target, [*_paths(plan), *_paths(settings.sites)])
     if settings.replace and is_steered(graph):
         graph = unpatch_model(graph)
     stream = None if settings.sites is None else read_checked_sites(graph, settings.sites)
     result = patch_model(graph, chosen, force=settings.force, inputs=settings.inputs, stream=stream)
     check_range(chosen, graph, stream=result.stream, allow_overflow=settings.allow_overflow)
-    write_decoder(result.model, source, target, overwrite=overwrite, copy=settings.copy, progress=progress)
+    write_decoder(
+        result.model,
+        source,
+        target,
+        overwrite=overwrite,
+        copy=settings.copy,
+        kept=[*_paths(plan), *_paths(settings.sites)],
+        progress=progress,
+    )
     return result
 
 
@@ -99,16 +106,6 @@ def _paths(given: GivenPlan | Sequence[GivenPlan] | None) -> list[Path]:
     """What is given as a path."""
     every = [given] if given is None or isinstance(given, (str, Path, SteeringPlan)) else given
     return [Path(one) for one in every if isinstance(one, (str, Path))]
-
-
-def _refuse_to_replace_given(graph: ModelProto, source: Path, target: Path, given: Sequence[Path]) -> None:
-    """Raise `InputError` when the output, or data copied beside it, would replace a plan or a sites file."""
-    written = [target]
-    if target.resolve().parent != source.resolve().parent:
-        written += [target.parent / file.location for file in external_files(graph)]
-    for path in given:
-        if path.resolve() in {file.resolve() for file in written}:
-            raise InputError(f"{path}: is read, and would be written over; name another output")
 
 
 def load_plans(plans: GivenPlan | Sequence[GivenPlan], rule: CombineRule) -> SteeringPlan:

@@ -18,6 +18,7 @@ COMMANDS = {
     "build-engine": "Build TensorRT engines of an ONNX file.",
     "refit": "Swap the steering of a steered ONNX file or engine.",
     "verify": "Run parity again from a bundle and its checkpoint.",
+    "audit": "Say whether a file holds a plan, unaltered.",
     "inspect": "Show what is in a plan, an ONNX file, an engine or a bundle.",
     "run": "Answer a spoken request from a bundle.",
     "doctor": "Show what this machine can build and run.",
@@ -60,5 +61,5 @@ def main() -> None:
 
     \b
     Exit codes: 0 done; 2 wrong input or usage; 3 unsupported here; 4 no steering site
-    found; 5 engine build failed; 6 parity failed; 130 interrupted.
+    found; 5 engine build failed; 6 parity or audit failed; 130 interrupted.
     """

@@ -39,7 +39,8 @@ def command(
 
     Of a decoder: a table of its residual stream, what reads it, and the edits in the order in which they act.
     Where its sites are not found, --sites writes what is known and the nearest candidates, to be completed by
-    hand. An engine is described by its sidecar, and opened too where there is a GPU.
+    hand; a merged decoder has a table for each of its bodies, and no such file. An engine is described by its
+    sidecar, and opened too where there is a GPU.
 
     \b
     Example:

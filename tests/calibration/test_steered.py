@@ -105,6 +105,92 @@ def test_every_edit_follows_its_equation_in_prefill_and_decode(
         assert_same_where_attended(got, expected, mask)
 
 
+TOKENS = [
+    Positions.PROMPT,
+    Positions.GENERATED,
+    Positions.first(2),
+    Positions.range(1, 6),
+    Positions.range(3),
+]
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("positions", TOKENS, ids=[kind.value for kind in TOKENS])
+@pytest.mark.parametrize("told", [True, False])
+def test_tokens_are_chosen_as_they_are_counted_one_by_one(
+    lalm: Lalm, positions: Positions, padding: str, told: bool
+) -> None:
+    """Whether prompt lengths are given, or taken from the pass without past that came before."""
+    edits = [
+        edit_of("add", Site.BLOCK_OUTPUT, positions, 0),
+        edit_of("project", Site.BLOCK_INPUT, positions, 1),
+    ]
+    plan, parts = plan_of(*edits), lalm.parts
+    mask = padded(padding)
+    lengths = mask.sum(1)
+    changed = False
+    with steered(lalm.model, plan, prompt_lengths=lengths if told else None):
+        got = prefill(lalm, mask)
+        passes = [((embeddings(*mask.shape), mask, position_ids(mask), no_past(3)), got)]
+        for step in range(3):
+            mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
+            arguments = (embeddings(3, 1, seed=step + 7), mask, position_ids(mask)[:, -1:], got[1:])
+            got = run_eager(lalm.model, *arguments)
+            passes.append((arguments, got))
+    for arguments, answer in passes:
+        plain = run_eager(lalm.model, *arguments)
+        with literally_steered(parts.blocks, parts.final_norm, plan, arguments[1], lengths.tolist()):
+            expected = run_eager(lalm.model, *arguments)
+        assert_same_where_attended(answer, expected, arguments[1])
+        attended = arguments[1][:, -answer[0].shape[1] :].bool()
+        changed |= bool((answer[0] - plain[0])[attended].abs().max() > 1000 * LITERAL_ATOL)
+    assert changed
+
+
+def test_a_prompt_that_was_not_seen_is_not_guessed(lalm: Lalm) -> None:
+    past = prefill(lalm, torch.ones(2, 3, dtype=torch.long))[1:]
+    mask = torch.ones(2, 4, dtype=torch.long)
+    arguments = (embeddings(2, 1), mask, position_ids(mask)[:, -1:], past)
+    with (
+        steered(lalm.model, plan_of(edit_of("add", Site.BLOCK_OUTPUT, Positions.GENERATED))),
+        pytest.raises(UnsupportedError, match="give prompt_lengths"),
+    ):
+        run_eager(lalm.model, *arguments)
+
+
+def test_strengths_are_factors_by_row_or_by_row_and_edit(lalm: Lalm) -> None:
+    """A row's factor does what the same factor in the plan does, and 0 leaves it as it is, bit for bit."""
+    edits = [edit_of(*kind, layer=number % LAYERS) for number, kind in enumerate(KINDS)]
+    plan, mask = plan_of(*edits), padded("left")
+    plain = prefill(lalm, mask)[0]
+    with steered(lalm.model, plan, strength=torch.tensor([0.0, 0.5, -1.0])):
+        got = prefill(lalm, mask)[0]
+    np.testing.assert_array_equal(got[0], plain[0])
+    for row, factor in ((1, 0.5), (2, -1.0)):
+        scaled = [dataclasses.replace(edit, strength=edit.strength * factor) for edit in edits]
+        with steered(lalm.model, plan_of(*scaled)):
+            expected = prefill(lalm, mask)[0]
+        attended = mask[row].bool()
+        np.testing.assert_allclose(got[row][attended], expected[row][attended], rtol=0, atol=LITERAL_ATOL)
+        assert (got - plain)[row][attended].abs().max() > 1000 * LITERAL_ATOL
+    columns = torch.zeros(3, len(edits))
+    columns[:, 0] = 1.0
+    with steered(lalm.model, plan, strength=columns):
+        one = prefill(lalm, mask)[0]
+    with steered(lalm.model, plan_of(edits[0])):
+        np.testing.assert_array_equal(one, prefill(lalm, mask)[0])
+
+
+@pytest.mark.parametrize("shape", [(), (3, 2), (3, 1, 1)])
+def test_strengths_of_another_shape_are_refused(lalm: Lalm, shape: tuple[int, ...]) -> None:
+    plan = plan_of(edit_of(*KINDS[0]))
+    with (
+        pytest.raises(InputError, match=r"strength has shape .*; expected \(batch,\) or \(batch, 1\)"),
+        steered(lalm.model, plan, strength=torch.ones(shape)),
+    ):
+        pass
+
+
 def is_steering(hook: Any) -> bool:
     return getattr(getattr(hook, "func", hook), "__module__", "") == "calibration.steered"
 

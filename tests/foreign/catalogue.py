@@ -25,7 +25,7 @@ from transformers import Qwen2ForCausalLM
 from calibration.lalm import Lalm, load_lalm
 from calibration.plan import Add, Edit, Positions, Project, Site, SteeringPlan
 from graph_passes.onnx_file import write_graph
-from graph_passes.opened_calls import CALL_KEY
+from graph_passes.opened_calls import OPENED_KEY
 from graph_passes.patch import PatchResult, patch_model
 from tests import decoders, tiny_lalm
 from tests.conftest import random_basis, random_vector
@@ -320,7 +320,8 @@ def row(bench: Bench) -> str:
     blocks = {len(result.stream.blocks) for result in results}
     forms = dict.fromkeys(edit.form.value for result in results for edit in result.edits)
     mixed = patch_model(bench.graphs[0], mixed_plan(bench.foreign)).model.graph
-    opened = sum(entry.key == CALL_KEY for node in mixed.node for entry in node.metadata_props)
+    said = [entry for node in mixed.node for entry in node.metadata_props if entry.key == OPENED_KEY]
+    opened = 1 + max((int(entry.value) for entry in said), default=-1)
     limits = limits_of(bench.case)
     cells = (
         f"`{bench.case.name}`",

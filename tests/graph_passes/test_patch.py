@@ -203,6 +203,24 @@ def test_older_and_newer_opsets_are_steered_alike(opset: int, tmp_path: Path) ->
         np.testing.assert_allclose(one, other, rtol=0, atol=OUTPUT_ATOL)
 
 
+def test_operators_may_name_their_domain(tmp_path: Path) -> None:
+    """Some exporters write `ai.onnx` where others write nothing."""
+    model, proto = hand_decoder(Variant(), tmp_path / "model.onnx")
+    for node in proto.graph.node:
+        node.domain = "ai.onnx"
+    (entry,) = proto.opset_import
+    entry.domain = "ai.onnx"
+    edits = tuple(one_edit(*kind, width=HAND_WIDTH, layers=HAND_LAYERS, layer=1) for kind in KINDS)
+    plan = SteeringPlan(HAND_WIDTH, HAND_LAYERS, edits)
+    result = patch_model(proto, plan)
+    sample = model.sample(seed=5)
+    with torch.inference_mode(), literally_steered(model.blocks, model.norm, plan, sample[1]):
+        expected = model(*sample)
+    got = session(result.model).run(None, hand_feeds(proto, sample))
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=OUTPUT_ATOL)
+
+
 # ------------------------------------------------------------------------------------------------ strength 0
 
 

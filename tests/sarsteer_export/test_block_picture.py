@@ -144,8 +144,12 @@ def test_edits_in_biases_are_drawn_with_the_node_that_adds_them(tmp_path: Path) 
         steered = patch_model(model, SteeringPlan(width, 3, [edit])).model
         picture = draw_block(block_view(steered, "model.onnx", None))
         check_layout(picture)
-        shown = [text for text, _ in texts(picture)]
+        placed = texts(picture)
+        shown = [text for text, _ in placed]
         assert shown.count(f"in the bias of {adds}") == 1
+        (card,) = [rect.attrib for rect in parsed(picture).iter(f"{SVG}rect") if rect.get("class") == "edit"]
+        (box,) = [box for text, box in placed if text == f"in the bias of {adds}"]
+        assert box[3] <= float(card["y"]) + float(card["height"])
         assert [text for text in shown if text in ("Add", "bias", "Where")] == boxes
         assert any(text.startswith(f"vector {width} norm ") for text in shown)
 

@@ -22,7 +22,7 @@ from engines.profiles import ProfileLimits
 from engines.sidecar import Binding, EngineRecord, Refit
 from graph_passes.patch import patch_model
 from graph_passes.plan_names import FINGERPRINT_KEY, name_plan
-from graph_passes.selection import LastFrom, SteeringInputs
+from graph_passes.selection import LastFrom, PromptFrom, SteeringInputs, StrengthInput
 from sarsteer_export.engine_build import BuiltEngine, EngineSettings, build_engines, engine_source, label
 from tests.conftest import random_basis, random_vector
 from tests.decoders import HAND_HEADS, HAND_LAYERS, HAND_WIDTH, TinyDecoder, Variant, hand_decoder
@@ -472,3 +472,48 @@ def test_the_summary_says_what_can_be_refitted(steered: Path, tmp_path: Path) ->
         told = BuiltEngine(built.path, dataclasses.replace(built.record, refit=refit)).summary()
         assert words in told
     assert "profiles: prefill, decode" in told
+
+
+FED = SteeringInputs(LastFrom.INPUT, PromptFrom.INPUT, StrengthInput.EDITS)
+
+
+def fed_plan() -> SteeringPlan:
+    """Every operation, at positions of every kind."""
+    kinds = [Positions.LAST, Positions.ALL, Positions.PROMPT, Positions.first(2), Positions.range(1, 3)]
+    edits = [add(number % HAND_LAYERS, seed=number, positions=kind) for number, kind in enumerate(kinds)]
+    return plan_of(
+        *edits, *(project(number % HAND_LAYERS, positions=kind) for number, kind in enumerate(kinds))
+    )
+
+
+def test_an_engine_must_be_fed_what_a_graph_has_a_default_for(unsteered: Path, tmp_path: Path) -> None:
+    """TensorRT takes an initializer of an input's name for a constant: without care the input would be gone."""
+    pytest.importorskip("tensorrt_rtx")
+    plan = fed_plan()
+    graph = steer(unsteered, plan, "fed.onnx", inputs=FED)
+    (built,) = build_engines(graph, tmp_path, EngineSettings(engines=("tensorrt-rtx",), **SMALL))
+    inputs = {binding.name: binding for binding in built.record.inputs}
+    assert inputs["steering_strength"].dims == ("batch", len(plan.edits))
+    assert inputs["steering_positions"].dims == inputs["steering_prompt_lengths"].dims == ("batch",)
+    for profile in built.record.profiles:
+        assert profile.shapes["steering_strength"].max == (SMALL["max_batch"], len(plan.edits))
+        assert profile.shapes["steering_positions"].min == (1,)
+    consumers = {constant.name: constant.consumer for constant in built.record.steering}
+    assert consumers["sarsteer.0.block_output.add.0.vector"] == "ELEMENTWISE PROD"
+    assert consumers["sarsteer.0.block_output.project.0.basis"] == "MATRIX_MULTIPLY"
+    assert built.record.graph["sha256"] == hashlib.sha256(graph.read_bytes()).hexdigest()
+
+
+def test_a_vector_on_the_bias_of_a_projection_is_followed_into_the_engine(
+    unsteered: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    graph = steer(unsteered, plan_of(add(0, positions=Positions.ALL)), "bias.onnx")
+    assert any(
+        node.output[0].endswith(".add.0.bias")
+        for node in onnx.load(graph, load_external_data=False).graph.node
+    )
+    (built,) = build_engines(graph, tmp_path, EngineSettings(engines=("tensorrt-rtx",), **SMALL))
+    assert [(c.name, c.consumer) for c in built.record.steering] == [
+        ("sarsteer.0.block_output.add.0.vector", "ELEMENTWISE SUM")
+    ]

@@ -27,7 +27,9 @@ from engines.trt import opened
 from engines.trt.refit import refit_engine
 from graph_passes.patch import patch_model
 from graph_passes.refit import refit_model
+from graph_passes.selection import SteeringInputs, StrengthInput
 from graph_passes.steering_in import steering_tensors
+from graph_passes.steering_inputs import without_strength_default
 from sarsteer_export import refit
 from sarsteer_export.bundle.manifest import FORMAT, MANIFEST
 from sarsteer_export.engine_build import engine_source
@@ -35,7 +37,7 @@ from sarsteer_export.refitting import engine_constants
 from tests.conftest import random_basis, random_vector
 from tests.decoders import HAND_LAYERS, HAND_WIDTH, Variant, hand_decoder
 from tests.engines.trt import stand_in
-from tests.sarsteer_export.command_line import answered_json, listing, refused, sarsteer
+from tests.sarsteer_export.command_line import answered, answered_json, listing, refused, sarsteer
 
 ROW = dataclasses.replace(
     BACKENDS["tensorrt-rtx"], module=stand_in.__name__, runs_without_gpu=True, targets=("8.9",)
@@ -112,8 +114,12 @@ def sidecar_record(model: onnx.ModelProto, path: Path, *, reason: str | None = N
 def engine(graphs: dict[str, onnx.ModelProto], tmp_path: Path) -> Make:
     """A refittable engine of the hand-written decoder steered by `OLD`, alone in a folder."""
 
-    def make(dtype: str = "float32", *, reason: str | None = None) -> Path:
-        model = patch_model(graphs[dtype], OLD).model
+    def make(
+        dtype: str = "float32", *, reason: str | None = None, inputs: SteeringInputs | None = None
+    ) -> Path:
+        model = without_strength_default(
+            patch_model(graphs[dtype], OLD, inputs=inputs or SteeringInputs()).model
+        )
         path = tmp_path / "engine" / "decoder.engine"
         path.parent.mkdir()
         path.write_bytes(stand_in.serialized(model, (), refit=list(steering_tensors(model))))
@@ -159,6 +165,19 @@ def test_in_every_precision_the_engine_holds_what_a_patched_graph_would(
     assert (sidecar.precision, sidecar.plan_sha256) == (dtype, NEW.digest())
     answered_json(sarsteer("refit", output, "--plan", new_plan, "--json"))  # and again, in place
     assert initializers(graph_in(output)) == initializers(wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_engine_that_is_fed_its_strength_keeps_its_vectors_in_float32(
+    gpu: None, engine: Make, graphs: dict[str, onnx.ModelProto], new_plan: Path, tmp_path: Path, dtype: str
+) -> None:
+    fed = SteeringInputs(strength=StrengthInput.BATCH)
+    output = tmp_path / "out" / "decoder.engine"
+    answered(sarsteer("refit", engine(dtype, inputs=fed), "--plan", new_plan, "-o", output))
+    wanted = without_strength_default(patch_model(graphs[dtype], NEW, inputs=fed).model)
+    assert initializers(graph_in(output)) == initializers(wanted)
+    vectors = [t for t in wanted.graph.initializer if t.name.endswith(".vector")]
+    assert {vector.data_type for vector in vectors} == {onnx.TensorProto.FLOAT}
 
 
 def test_an_engine_that_is_not_refittable_exits_3(

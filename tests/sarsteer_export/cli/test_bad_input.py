@@ -446,7 +446,7 @@ def test_a_graph_without_a_residual_stream_is_a_failure_of_its_own(bundle_path: 
         "-o",
         place / "x.onnx",
     )
-    refused(sarsteer(*given), code=4)
+    refused(sarsteer(*given), "nearest candidates: none", "patch --sites FILE", code=4)
     assert listing(place) == {}
 
 

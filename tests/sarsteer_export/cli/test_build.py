@@ -13,7 +13,7 @@ import pytest
 from click.testing import Result
 
 import engines.limits
-from calibration.plan import SteeringPlan
+from calibration.plan import Positions, SteeringPlan
 from sarsteer_export import load_bundle
 from sarsteer_export.bundle.manifest import (
     AUDIO_ENCODER,
@@ -278,6 +278,24 @@ def test_a_given_plan_is_used_as_it_is(bundle_copy: Path, inputs: Inputs, plan: 
     assert "reused: calibrate, export, verify\n" in answered(sarsteer(*head)), (
         "the same build again does nothing"
     )
+
+
+def test_positions_that_a_bundle_is_not_told_are_refused_before_any_work(
+    inputs: Inputs, plan: SteeringPlan, tmp_path: Path
+) -> None:
+    edits = (dataclasses.replace(plan.edits[0], positions=Positions.first(3)),)
+    dataclasses.replace(plan, edits=edits).save(tmp_path / "plan.safetensors")
+    given = (
+        "build",
+        inputs.model,
+        *inputs.data,
+        "--plan",
+        tmp_path / "plan.safetensors",
+        "-o",
+        tmp_path / "bundle",
+    )
+    refused(sarsteer(*given), "edit 0", "'first:3'", "patch --prompt-from input", code=3)
+    assert list(listing(tmp_path)) == ["plan.safetensors"]
 
 
 def test_a_plan_for_another_model_is_refused_before_anything_is_exported(

@@ -21,7 +21,7 @@ from calibration.errors import InputError
 from calibration.plan import Add, SteeringPlan
 from engines.onnxruntime_runner import OnnxRuntimeRunner
 from graph_passes.onnx_file import external_files, read_graph, write_graph
-from sarsteer_export import patch
+from sarsteer_export import PatchSettings, patch
 from tests.decoders import HAND_LAYERS, HAND_WIDTH, Variant, hand_decoder
 from tests.sarsteer_export.command_line import (
     answered,
@@ -234,7 +234,7 @@ def test_the_python_api_copies_too(decoder: Path, made: Path) -> None:
         decoder,
         made / "plan.safetensors",
         output,
-        copy=True,
+        PatchSettings(copy=True),
         progress=lambda *report: reports.append(report),
     )
     assert locations(output) == ["s.onnx.data"]
