@@ -17,6 +17,7 @@ from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from calibration.errors import InputError, UnsupportedError
 from calibration.plan import Add, Site, SteeringPlan
+from graph_passes.checks import STEERING_INPUTS
 from graph_passes.forms import Choice, Form, bias_of, choose
 from graph_passes.fused_norms import split_in_place
 from graph_passes.lowering import Lowered, StreamType, lower, lower_onto_bias, scaled_vector
@@ -141,8 +142,7 @@ def _refuse_steered(model: ModelProto) -> None:
     """Raise `InputError` for a graph that holds any name of ours: taking the steering out would take that along."""
     graphs = {str(scope): scope.graph(model) for scope in (Scope(), *decoder_scopes(model))}
     names = [name for graph in graphs.values() for name in _names_in(graph)]
-    inputs = (POSITIONS_INPUT, PROMPT_LENGTHS_INPUT, STRENGTH_INPUT)
-    if own := [name for name in names if name in inputs]:
+    if own := [name for name in names if name in STEERING_INPUTS]:
         raise InputError(f"the graph has a tensor {own[0]!r} of its own; expected that name to be free")
     taken = [name for name in names if name.startswith(STEERING_PREFIX)]
     if taken:
