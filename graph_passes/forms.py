@@ -79,11 +79,13 @@ def choose(
     return Choice(Form.ADD, None, "no bias is added to this tensor")
 
 
-def cost(edit: Edit, form: Form, *, hidden_size: int, elem_bytes: int, sequence: int) -> Cost:
+def cost(
+    edit: Edit, form: Form, *, hidden_size: int, elem_bytes: int, sequence: int, baked: bool = True
+) -> Cost:
     """What an edit in some form adds to a pass of S positions, batch 1, when every node runs by itself.
 
-    Left out are casts, which half-precision streams need around a projection, and what a fed strength adds: one
-    product with a vector (D,) per row and edit.
+    `baked`: its strength is a constant; one that is fed takes another product. Casts, which half-precision streams
+    need around what is computed in float32, are left out, and what edits share.
     """
     D, S = hidden_size, sequence
     vector, stream = D * elem_bytes, S * D * elem_bytes
@@ -93,7 +95,9 @@ def cost(edit: Edit, form: Form, *, hidden_size: int, elem_bytes: int, sequence:
         return Cost(S * D, vector)
     if isinstance(edit, Add):
         select = S + vector + elem_bytes + stream
-        return Cost(S * D, 3 * stream + select if form is Form.SELECTED_ADD else 2 * stream + vector)
+        scale = Cost(0, 0) if baked else Cost(D, 4 + 8 * D)
+        moved = 3 * stream + select if form is Form.SELECTED_ADD else 2 * stream + vector
+        return Cost(S * D + scale.flops, moved + scale.bytes)
     gathered = form is Form.GATHERED_PROJECTION
     R, K = 1 if gathered else S, edit.basis.shape[1]
     rows, coordinates, basis = 4 * R * D, 4 * R * K, 4 * D * K
@@ -102,7 +106,8 @@ def cost(edit: Edit, form: Form, *, hidden_size: int, elem_bytes: int, sequence:
     gather = 8 + stream + R * vector if gathered else 0  # a row's index is 8 bytes
     select = 0 if form is Form.PROJECTION else S + R * vector + elem_bytes + stream
     flops = (0 if edit.mean is None else R * D) + 4 * R * D * K + S * D
-    return Cost(flops, gather + centre + products + select + 3 * stream)
+    scale = Cost(0, 0) if baked else Cost(R * D, 4 + 2 * rows)
+    return Cost(flops + scale.flops, gather + centre + products + select + 3 * stream + scale.bytes)
 
 
 def _fused_norm(index: GraphIndex, anchor: str) -> NodeProto | None:

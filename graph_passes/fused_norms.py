@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from calibration.errors import InputError, UnsupportedError
+from graph_passes.names import UNSTEERED_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -41,7 +42,9 @@ def sum_name(node: NodeProto) -> str:
     """The name of the sum a fused node computes: its fourth output, or a new name where it has none."""
     if len(node.output) > SUM_OUTPUT and node.output[SUM_OUTPUT]:
         return str(node.output[SUM_OUTPUT])
-    return node.output[0] + SUM_SUFFIX
+    return (
+        node.output[0].removeprefix(UNSTEERED_PREFIX) + SUM_SUFFIX
+    )  # an edited norm keeps the name of its sum
 
 
 def bias_slot(node: NodeProto) -> int:

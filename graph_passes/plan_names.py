@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from onnx import ModelProto
 
 from calibration.errors import InputError
 from graph_passes.steering_in import constants_digest
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
 
 FINGERPRINT_KEY = "sarsteer.model_fingerprint"
 """Metadata entry in which an exported decoder names the checkpoint it came from."""
@@ -24,6 +21,18 @@ def name_plan(model: ModelProto, plan_sha256: str) -> None:
     for key, value in ((PLAN_KEY, plan_sha256), (CONSTANTS_KEY, constants_digest(model))):
         entry = present.get(key) or model.metadata_props.add()
         entry.key, entry.value = key, value
+
+
+def without_claims(model: ModelProto) -> ModelProto:
+    """A copy of a graph that says nothing of a plan; `model` itself where it says nothing."""
+    if not {PLAN_KEY, CONSTANTS_KEY} & metadata(model).keys():
+        return model
+    bare = ModelProto()
+    bare.CopyFrom(model)
+    kept = [entry for entry in bare.metadata_props if entry.key not in (PLAN_KEY, CONSTANTS_KEY)]
+    del bare.metadata_props[:]
+    bare.metadata_props.extend(kept)
+    return bare
 
 
 def check_steering_whole(model: ModelProto) -> None:

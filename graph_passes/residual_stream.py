@@ -402,10 +402,12 @@ def _norm_by_head(index: GraphIndex, stream: str, elem_type: int) -> tuple[str, 
 
 
 def _holds(index: GraphIndex, tensor: str, before: str, op_types: frozenset[str]) -> bool:
-    """Whether `tensor` is computed from `before` by way of some operator."""
+    """Whether `tensor` is computed from `before` by way of some operator, steering aside."""
     between = index.ancestors(tensor) & ~index.ancestors(before)
     return any(
-        node.op_type in op_types for position, node in enumerate(index.nodes) if between >> position & 1
+        node.op_type in op_types and not is_steering(node)
+        for position, node in enumerate(index.nodes)
+        if between >> position & 1
     )
 
 

@@ -18,9 +18,13 @@ from calibration.errors import InputError
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe, subgraphs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from onnx import GraphProto
+
+
+MOST_NODES = 1_000_000
+"""No decoder has more nodes with its functions written out; a file that claims to is made to exhaust memory."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,33 @@ def inlined(model: ModelProto) -> ModelProto:
 
     A function written for another opset is read as if for the graph's, which the inliner asks for: this is a view.
     """
+    _check_expansion(model)
     try:
         return onnx.inliner.inline_local_functions(_of_one_opset(model))
     except Exception as error:  # whatever is thrown in C++, as for functions that call themselves
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise InputError(f"the graph's functions cannot be read: {reason}") from error
+
+
+def _check_expansion(model: ModelProto) -> None:
+    """Raise `InputError` for functions that call themselves, or that a few kilobytes make millions of nodes."""
+    functions = {(function.domain, function.name): function for function in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(nodes: Sequence[NodeProto], callers: tuple[tuple[str, str], ...]) -> int:
+        total = 0
+        for node in nodes:
+            called = (node.domain, node.op_type)
+            if called in callers:
+                raise InputError(f"the function {node.op_type!r} of the file calls itself; expected an end")
+            if called in functions and called not in sizes:
+                sizes[called] = size(functions[called].node, (*callers, called))
+            total += sizes.get(called, 1) + sum(size(body.node, callers) for body in subgraphs(node))
+        return total
+
+    found = size(model.graph.node, ())
+    if found > MOST_NODES:
+        raise InputError(f"the file's functions stand for {found:,} nodes; expected at most {MOST_NODES:,}")
 
 
 def _of_one_opset(model: ModelProto) -> ModelProto:

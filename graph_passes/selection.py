@@ -183,8 +183,8 @@ class _Sharing:
 
     @property
     def _counts_columns(self) -> bool:
-        """Whether rows are taken as never padded, so that columns are tokens."""
-        return self._inputs.last_from is LastFrom.SEQUENCE or self._around.attention_mask is None
+        """Whether there is no mask to count attended tokens by, so that columns are tokens."""
+        return self._around.attention_mask is None
 
     # --------------------------------------------------------------------------------------- the last position
 

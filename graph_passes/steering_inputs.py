@@ -24,6 +24,8 @@ from graph_passes.selection import (
 if TYPE_CHECKING:
     from calibration.plan import SteeringPlan
 
+STRENGTH_ROWS = "steering_rows"
+"""Symbol of the strength's rows: the default has one, whatever the batch, and runtimes take equal symbols for equal."""
 OVERRIDABLE_IR_VERSION = 4
 """From this IR version on an initializer that is also an input is a default, which a runtime may be fed over."""
 
@@ -45,7 +47,7 @@ def add_steering_inputs(model: ModelProto, plan: SteeringPlan, inputs: SteeringI
                 f"{OVERRIDABLE_IR_VERSION}; export it again"
             )
         per_edit = [len(plan.edits)] if inputs.strength is StrengthInput.EDITS else []
-        ports.append((STRENGTH_INPUT, TensorProto.FLOAT, [batch, *per_edit]))
+        ports.append((STRENGTH_INPUT, TensorProto.FLOAT, [STRENGTH_ROWS, *per_edit]))
         default = np.ones([1, *per_edit], dtype=np.float32)
         model.graph.initializer.append(
             helper.make_tensor(STRENGTH_INPUT, TensorProto.FLOAT, default.shape, default.tobytes(), raw=True)
@@ -68,6 +70,13 @@ def without_strength_default(model: ModelProto) -> ModelProto:
         return model
     required = ModelProto()
     required.CopyFrom(model)
+    batch = _batch_dimension(model)
+    for value in required.graph.input:
+        if value.name == STRENGTH_INPUT:
+            rows = value.type.tensor_type.shape.dim[0]
+            rows.CopyFrom(
+                helper.make_tensor_value_info("", TensorProto.FLOAT, [batch]).type.tensor_type.shape.dim[0]
+            )
     kept = [tensor for tensor in required.graph.initializer if tensor.name != STRENGTH_INPUT]
     del required.graph.initializer[:]
     required.graph.initializer.extend(kept)

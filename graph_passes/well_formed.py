@@ -48,8 +48,17 @@ def check_well_formed(model: ModelProto) -> None:
         _check_part(part, versions.get("ai.onnx", 0), own)
 
 
+def _check_initializers(graph: GraphProto) -> None:
+    names = [tensor.name for tensor in graph.initializer]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"the initializer {twice!r} is defined twice; expected each name once")
+
+
 def _check_part(part: GraphProto | FunctionProto, opset: int, own: set[tuple[str, str]]) -> None:
     _check_texts("its tensors", _names(part))
+    if isinstance(part, GraphProto):
+        _check_initializers(part)
     for node in part.node:
         _check_texts(
             "a node",

@@ -17,7 +17,13 @@ from graph_passes.onnx_file import read_graph
 from graph_passes.plan_names import PLAN_KEY, metadata
 from graph_passes.refit import plan_constants
 from graph_passes.selection import STRENGTH_INPUT
-from sarsteer_export.bundle.manifest import ONNX_FOLDER, STEERED_DECODER, Manifest, file_sha256
+from sarsteer_export.bundle.manifest import (
+    ENGINES_FOLDER,
+    ONNX_FOLDER,
+    STEERED_DECODER,
+    Manifest,
+    file_sha256,
+)
 from sarsteer_export.patching import load_plans
 
 if TYPE_CHECKING:
@@ -28,6 +34,8 @@ if TYPE_CHECKING:
     from sarsteer_export.patching import GivenPlan
 
 OPAQUE = "an engine's own content cannot be read back without its runtime and its GPU; "
+DECODER_ENGINE = f"decoder{ENGINE_SUFFIX}"
+"""What a decoder's engine in a bundle is called."""
 BUNDLE_DEPTH = 2
 """An engine lies this many folders below its bundle: `engines/<label>/`."""
 
@@ -37,13 +45,15 @@ def audit(
     plan: GivenPlan | Sequence[GivenPlan] | None = None,
     *,
     last_from: LastFrom | None = None,
+    on_paper: bool = False,
 ) -> AuditReport:
     """Compare an ONNX file, a bundle folder or an engine with a plan, or with several that act one after another.
 
     What is compared is read back from the graph alone; names and metadata are reported, not trusted. `last_from`:
     where the last position must be read from, by default what the graph's inputs say, its attention mask before
-    all. Without a plan, the report lists what stands on the residual stream. Raises `InputError` for bad input,
-    `SiteNotFoundError` when a graph is no decoder that steering can be found in.
+    all. `on_paper`: take a sidecar's word for an engine whose ONNX file is not there to be read. Without a plan, the
+    report lists what stands on the residual stream. Raises `InputError` for bad input, `SiteNotFoundError` when a
+    graph is no decoder that steering can be found in.
     """
     source = Path(path)
     if not source.exists():
@@ -52,7 +62,8 @@ def audit(
     if source.is_dir():
         return _audit_bundle(source, wanted, last_from)
     if source.suffix == ENGINE_SUFFIX:
-        return _audit_engine(source, wanted, last_from)
+        report = _audit_engine(source, wanted, last_from)
+        return report if on_paper or not report.on_paper else _unread(report)
     if source.suffix != ".onnx":
         raise InputError(f"{source}: expected an ONNX file (.onnx), an engine (.engine) or a bundle folder")
     return _audit_graph(source, wanted, last_from)
@@ -66,6 +77,15 @@ def _audit_bundle(folder: Path, plan: SteeringPlan | None, last_from: LastFrom |
     """The bundle's steered decoder, and whether its files are those of its manifest."""
     manifest = Manifest.read(folder)
     report = _audit_graph(folder / STEERED_DECODER, plan, last_from)
+    for engine in sorted(folder.glob(f"{ENGINES_FOLDER}/*/{DECODER_ENGINE}")):
+        judged = _audit_engine(engine, plan, last_from)
+        where = engine.relative_to(folder)
+        failures = (_unread(judged) if judged.on_paper else judged).failures()
+        report = dataclasses.replace(
+            report,
+            unexpected=(*report.unexpected, *(f"{where}: {failure}" for failure in failures)),
+            notes=(*report.notes, *(f"{where}: {note}" for note in judged.notes[-1:])),
+        )
     altered = [name for name in manifest.files if manifest.altered(folder, [name]) is not None]
     if STEERED_DECODER.as_posix() not in manifest.files:
         altered.append(STEERED_DECODER.as_posix())
@@ -106,10 +126,16 @@ def _audit_engine(path: Path, plan: SteeringPlan | None, last_from: LastFrom | N
         note += "this rests on the sidecar alone"
         return _on_paper(record, plan, wrong, (claims, note))
     report = _audit_graph(graph, plan, last_from)
-    note = OPAQUE + f"audited is {graph.name}, which it was built from"
+    note = OPAQUE + f"audited is {graph.name}, from which it was built as its sidecar says"
     return dataclasses.replace(
         report, unexpected=(*wrong, *report.unexpected), notes=(*report.notes, claims, note)
     )
+
+
+def _unread(report: AuditReport) -> AuditReport:
+    """The report of an engine that nothing but its sidecar speaks for."""
+    text = "the engine was not read: nothing but its sidecar speaks for it; --on-paper accepts that"
+    return dataclasses.replace(report, unexpected=(*report.unexpected, text))
 
 
 def _odd_constants(record: EngineRecord, plan: SteeringPlan) -> list[str]:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from graph_passes.forms import cost
 from graph_passes.lowering import StreamType
+from graph_passes.names import edit_of, is_steering
+from graph_passes.scopes import decoder_scopes
+from graph_passes.selection import STRENGTH_INPUT
 
 if TYPE_CHECKING:
     from graph_passes.patch import PatchResult
@@ -21,6 +24,7 @@ def explain_edits(result: PatchResult) -> list[dict[str, Any]]:
     Bytes are what nodes read and write when each runs by itself; a runtime that fuses them moves fewer.
     """
     entries = []
+    baked = all(value.name != STRENGTH_INPUT for value in result.model.graph.input)
     for edit in result.edits:
         elem_bytes = StreamType(result.stream.elem_type_of(edit.anchor)).numpy_dtype.itemsize
         costs = {
@@ -31,6 +35,7 @@ def explain_edits(result: PatchResult) -> list[dict[str, Any]]:
                     hidden_size=result.stream.hidden_size,
                     elem_bytes=elem_bytes,
                     sequence=sequence,
+                    baked=baked,
                 )
             )
             for phase, sequence in (("decode", 1), (f"prefill of {PREFILL}", PREFILL))
@@ -50,8 +55,8 @@ def _heading(entry: dict[str, Any]) -> str:
     return f"block {entry['layer']:3}  {entry['site']:18} {entry['op']:8} {entry['positions']:9}{scope}"
 
 
-def explanation_text(entries: list[dict[str, Any]]) -> str:
-    """A line per edit, and one of the sum."""
+def explanation_text(entries: list[dict[str, Any]], shared: int) -> str:
+    """A line per edit, one of the sum, and one of the `shared` nodes."""
     lines = [
         f"{_heading(entry)} {entry['form']}: {entry['why']}; {_costs(entry['cost'])}" for entry in entries
     ]
@@ -59,7 +64,19 @@ def explanation_text(entries: list[dict[str, Any]]) -> str:
         phase: {key: sum(entry["cost"][phase][key] for entry in entries) for key in ("flops", "bytes")}
         for phase in (entries[0]["cost"] if entries else ())
     }
-    return "\n".join([*lines, f"all edits, batch 1: {_costs(total)}"])
+    lines.append(f"all edits, batch 1: {_costs(total)}")
+    if shared:
+        lines.append(
+            f"shared, once per graph: {shared} nodes on a few numbers per position, rows or strengths"
+        )
+    return "\n".join(lines)
+
+
+def shared_nodes(result: PatchResult) -> int:
+    """How many nodes mark positions, find rows or read strengths for all edits."""
+    model = result.model
+    nodes = [node for scope in decoder_scopes(model) for node in scope.graph(model).node]
+    return sum(is_steering(node) and edit_of(node.name) is None for node in nodes)
 
 
 def _costs(costs: dict[str, dict[str, int]]) -> str:

@@ -12,6 +12,7 @@ from calibration.plan import SteeringPlan
 from graph_passes.named_sites import check_flat, check_sites
 from graph_passes.onnx_file import read_graph
 from graph_passes.patch import PatchResult, patch_model
+from graph_passes.plan_names import without_claims
 from graph_passes.scopes import Scope
 from graph_passes.selection import SteeringInputs
 from graph_passes.sites_file import read_sites
@@ -71,8 +72,8 @@ def patch(
     graph = read_graph(source)
     chosen = load_plans(plan, settings.combine)
     check_output_name(graph, source, target)
-    if settings.replace and is_steered(graph):
-        graph = unpatch_model(graph)
+    if settings.replace:
+        graph = unpatch_model(graph) if is_steered(graph) else without_claims(graph)
     stream = None if settings.sites is None else read_checked_sites(graph, settings.sites)
     result = patch_model(graph, chosen, force=settings.force, inputs=settings.inputs, stream=stream)
     check_range(chosen, graph, stream=result.stream, allow_overflow=settings.allow_overflow)

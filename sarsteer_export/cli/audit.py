@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     help="Where the last position must be read from.  [default: the graph's input for it where it has one, else its "
     "attention mask, else the last column]",
 )
-def command(path: Path, plans: tuple[Path, ...], last_from: str | None, as_json: bool) -> None:
+@click.option(
+    "--on-paper",
+    is_flag=True,
+    help="Take the sidecar's word for an engine whose ONNX file is not there to be read.",
+)
+def command(
+    path: Path, plans: tuple[Path, ...], last_from: str | None, on_paper: bool, as_json: bool
+) -> None:
     """Say whether PATH, an ONNX file, a bundle folder or an engine, holds a plan, completely and unaltered.
 
     Constants and wiring are read back from the graph alone: neither names nor metadata are trusted. Each edit is
@@ -47,7 +54,8 @@ def command(path: Path, plans: tuple[Path, ...], last_from: str | None, as_json:
     from graph_passes.selection import LastFrom
     from sarsteer_export.auditing import audit
 
-    report = audit(path, plans or None, last_from=None if last_from is None else LastFrom(last_from))
+    told = None if last_from is None else LastFrom(last_from)
+    report = audit(path, plans or None, last_from=told, on_paper=on_paper)
     emit(report.to_json(), report.table(), as_json=as_json)
     if not report.passed:
         first, *others = report.failures()

@@ -94,13 +94,13 @@ def command(
       sarsteer-export patch onnx/decoder.onnx --plan plan.safetensors -o onnx/steered.onnx
       sarsteer-export patch onnx/decoder.onnx --plan plan.safetensors -o onnx/steered.onnx --strength-input batch
     """
-    from sarsteer_export.explanation import edits_text, explain_edits, explanation_text
+    from sarsteer_export.explanation import edits_text, explain_edits, explanation_text, shared_nodes
     from sarsteer_export.patching import patch
 
     settings = patch_settings(**given)
     result = patch(decoder, plans, output, settings, overwrite=overwrite, progress=Progress())
     edits = explain_edits(result)
-    lines = [explanation_text(edits) if explain else edits_text(edits)]
+    lines = [explanation_text(edits, shared_nodes(result)) if explain else edits_text(edits)]
     summary = f"{len(edits)} edits, {len(result.stream.blocks)} blocks -> {output}"
     emit({"output": str(output), "edits": edits}, "\n".join([*lines, summary]), as_json=as_json)
 

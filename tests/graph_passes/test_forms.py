@@ -147,6 +147,7 @@ ADD = Add(0, random_vector(NARROW, seed=0))
 PROJECT = Project(0, random_basis(NARROW, 2, seed=0), random_vector(NARROW, seed=1))
 BARE = Project(0, random_basis(NARROW, 2, seed=0))
 MASK, ROW = gs.Variable("mask", dtype=np.bool_), gs.Variable("row", dtype=np.int64)
+FACTOR = gs.Variable("factor", dtype=np.float32)
 LOWERED = [
     (ADD, Form.ADD, Selection()),
     (ADD, Form.SELECTED_ADD, Selection(MASK)),
@@ -154,6 +155,9 @@ LOWERED = [
     (BARE, Form.PROJECTION, Selection()),
     (PROJECT, Form.SELECTED_PROJECTION, Selection(MASK)),
     (PROJECT, Form.GATHERED_PROJECTION, Selection(MASK, ROW)),
+    (ADD, Form.SELECTED_ADD, Selection(MASK, None, FACTOR)),
+    (PROJECT, Form.SELECTED_PROJECTION, Selection(MASK, None, FACTOR)),
+    (PROJECT, Form.GATHERED_PROJECTION, Selection(MASK, ROW, FACTOR)),
 ]
 
 
@@ -164,8 +168,8 @@ def test_costs_are_what_the_nodes_read_write_and_compute(
     """Counted anew from the inferred shapes of the very nodes that insertion writes."""
     hidden = gs.Variable("hidden", dtype=np.float32, shape=(1, SEQUENCE, NARROW))
     lowered = lower(edit, "edit", hidden, StreamType(TensorProto.FLOAT), selection)
-    MASK.shape, ROW.shape = (1, SEQUENCE, 1), (1, 1, 1)
-    graph = gs.Graph(lowered.nodes, inputs=[hidden, MASK, ROW], outputs=[lowered.output], opset=17)
+    MASK.shape, ROW.shape, FACTOR.shape = (1, SEQUENCE, 1), (1, 1, 1), (1, 1, 1)
+    graph = gs.Graph(lowered.nodes, inputs=[hidden, MASK, ROW, FACTOR], outputs=[lowered.output], opset=17)
     model = onnx.shape_inference.infer_shapes(gs.export_onnx(graph, do_type_check=False), data_prop=True)
     values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
     shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
@@ -176,11 +180,12 @@ def test_costs_are_what_the_nodes_read_write_and_compute(
         bytes_moved += sum(
             math.prod(shapes[name]) * width.get(name, 4) for name in (*node.input, *node.output)
         )
-        if node.op_type in ("Add", "Sub"):
+        if node.op_type in ("Add", "Sub", "Mul"):
             flops += math.prod(shapes[node.output[0]])
         elif node.op_type == "MatMul":
             flops += 2 * math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
-    assert cost(edit, form, hidden_size=NARROW, elem_bytes=4, sequence=SEQUENCE) == Cost(flops, bytes_moved)
+    sizes = {"hidden_size": NARROW, "elem_bytes": 4, "sequence": SEQUENCE}
+    assert cost(edit, form, **sizes, baked=selection.factor is None) == Cost(flops, bytes_moved)
 
 
 def test_biases_cost_next_to_nothing() -> None:

@@ -293,6 +293,31 @@ def test_strength_zero_is_bit_equal_for_that_request_and_the_others_do_not_notic
         past = [torch.from_numpy(tensor) for tensor in list(plainly.values())[1:]]
 
 
+@pytest.mark.parametrize("last_from", LastFrom)
+def test_a_strength_may_be_left_out_for_a_whole_batch(
+    exported_decoder: TinyDecoder, last_from: LastFrom
+) -> None:
+    """Its default has one row: no runtime may take that for the batch, whatever else the graph is fed."""
+    plan, parent = plan_of(*EVERY_KIND), exported_decoder.path.parent
+    inputs = SteeringInputs(last_from, PromptFrom.INPUT, StrengthInput.BATCH)
+    fed = session(patch_model(exported_decoder.proto, plan, inputs=inputs).model, parent)
+    baked = session(patch_model(exported_decoder.proto, plan).model, parent)
+    _, ((embeds, mask), *_) = rollout("left", seed=3)
+    arguments = (embeds, mask, position_ids(mask), no_past(3))
+    told = {POSITIONS_INPUT: np.array([4, 4, 4])} if last_from is LastFrom.INPUT else {}
+    for name, expected in run_graph(baked, *arguments).items():
+        np.testing.assert_array_equal(run_graph(fed, *arguments, **told)[name], expected)
+
+
+@pytest.mark.parametrize("positions", [Positions.PROMPT, Positions.first(2), Positions.range(1, 4)])
+def test_tokens_are_counted_by_the_mask_wherever_the_last_position_is_read_from(
+    exported_decoder: TinyDecoder, positions: Positions
+) -> None:
+    compare(
+        exported_decoder, plan_of(*edits_at(positions)), SteeringInputs(LastFrom.SEQUENCE, PromptFrom.INPUT)
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_strength_in_half_precision_is_scaled_in_float32_and_cast_once(
     dtype: torch.dtype, tmp_path: Any

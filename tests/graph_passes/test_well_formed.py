@@ -8,6 +8,7 @@ from onnx import TensorProto, helper
 
 from calibration.errors import InputError, SiteNotFoundError
 from graph_passes.names import edit_of
+from graph_passes.scopes import inlined
 from graph_passes.tensor_types import elem_type_and_width, fixed
 from graph_passes.well_formed import check_well_formed
 
@@ -74,3 +75,37 @@ def test_a_graph_whose_shapes_cannot_be_inferred_has_no_width() -> None:
     sparse.indices.CopyFrom(helper.make_tensor("", TensorProto.INT64, [1], [0]))
     with pytest.raises(SiteNotFoundError, match="not one fixed number; found none"):
         elem_type_and_width(model, "x", ["y"])
+
+
+def test_an_initializer_that_is_defined_twice_is_refused() -> None:
+    """Runtimes take the first one or the last."""
+    model = model_of(helper.make_node("Add", ["x", "w"], ["y"]))
+    for values in ([1.0, 2.0], [0.0, 0.0]):
+        model.graph.initializer.append(helper.make_tensor("w", TensorProto.FLOAT, [2], values))
+    with pytest.raises(InputError, match="the initializer 'w' is defined twice"):
+        check_well_formed(model)
+
+
+def calling(depth: int, *, forever: bool = False) -> onnx.ModelProto:
+    """Functions of which each calls the next one twice."""
+    opset = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    model = helper.make_model(
+        model_of(helper.make_node("F0", ["x"], ["y"], domain="own")).graph, opset_imports=opset
+    )
+    for level in range(depth):
+        called = 0 if forever and level == depth - 1 else level + 1
+        last = level == depth - 1 and not forever
+        nodes = [
+            helper.make_node("Relu" if last else f"F{called}", [one], [other], domain="" if last else "own")
+            for one, other in (("a", "b"), ("b", "c"))
+        ]
+        model.functions.append(helper.make_function("own", f"F{level}", ["a"], ["c"], nodes, opset))
+    return model
+
+
+def test_functions_that_stand_for_more_nodes_than_any_decoder_has_are_not_written_out() -> None:
+    assert len(inlined(calling(5)).graph.node) == 2**5
+    with pytest.raises(InputError, match=r"stand for 1,099,511,627,776 nodes; expected at most 1,000,000"):
+        inlined(calling(40))
+    with pytest.raises(InputError, match=r"the function 'F\d' of the file calls itself"):
+        inlined(calling(3, forever=True))

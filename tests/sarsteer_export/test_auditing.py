@@ -157,6 +157,23 @@ def test_bad_input_is_refused(made: Files, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- bundles
 
 
+def test_the_engines_of_a_bundle_are_audited_with_it(bundle_copy: Path, plan: SteeringPlan) -> None:
+    """An honest engine of the bundle's decoder passes; one that says itself that it is not steered does not."""
+    engine = bundle_copy / "engines" / "some" / "decoder.engine"
+    engine.parent.mkdir(parents=True)
+    engine_of(bundle_copy / STEERED_DECODER, engine, plan)
+    report = audit(bundle_copy, plan)
+    assert report.passed
+    assert any(note.startswith("engines/some/decoder.engine: an engine's own") for note in report.notes)
+    rewritten(engine, plan_sha256=None, steering=())
+    report = audit(bundle_copy, plan)
+    assert not report.passed
+    assert (
+        report.unexpected[0]
+        == "engines/some/decoder.engine: the sidecar names no plan; expected " + plan.digest()[:12]
+    )
+
+
 def test_a_bundle_is_audited_with_its_hashes(bundle_copy: Path, plan: SteeringPlan) -> None:
     text = answered(sarsteer("audit", bundle_copy, "--plan", bundle_copy / PLAN))
     assert f"{len(plan.edits)} of {len(plan.edits)} edits" in text
@@ -222,11 +239,17 @@ def test_an_engine_is_audited_by_its_sidecar_and_its_graph(engine: Path, made: F
 
 
 def test_an_engine_without_its_graph_rests_on_its_sidecar(engine: Path, made: Files) -> None:
+    """Which is nobody's proof: it fails, unless the sidecar's word is asked for."""
     engine.with_suffix(".onnx").unlink()
-    text = answered(sarsteer("audit", engine, "--plan", made.plan))
+    text = answered(sarsteer("audit", engine, "--plan", made.plan, "--on-paper"))
     assert "rests on the sidecar alone" in text
     assert "edits of plan" not in text
-    report = audit(engine, THREE)
+    result = sarsteer("audit", engine, "--plan", made.plan)
+    assert result.exit_code == 6
+    one_error(result.stderr, "the engine was not read", "--on-paper")
+    assert not audit(engine, THREE).passed
+    report = audit(engine, THREE, on_paper=True)
+    assert report.passed
     assert report.on_paper
     assert report.edits == ()
 
@@ -234,9 +257,10 @@ def test_an_engine_without_its_graph_rests_on_its_sidecar(engine: Path, made: Fi
 def test_a_refitted_engine_is_not_judged_by_the_graph_of_its_old_plan(engine: Path) -> None:
     new = dataclasses.replace(THREE, edits=tuple(dataclasses.replace(e, strength=0.3) for e in THREE.edits))
     rewritten(engine, plan_sha256=new.digest())
-    report = audit(engine, new)
+    report = audit(engine, new, on_paper=True)
     assert report.passed
     assert report.on_paper
+    assert not audit(engine, new).passed
     assert "refitted since" in report.notes[-1]
 
 
@@ -263,9 +287,9 @@ def test_an_engine_that_is_not_its_sidecars_or_not_the_plans_fails(engine: Path,
 def test_without_a_plan_an_engine_says_what_its_sidecar_claims(engine: Path) -> None:
     assert "the sidecar says plan" in answered(sarsteer("audit", engine))
     engine.with_suffix(".onnx").unlink()
-    answered(sarsteer("audit", engine))
+    answered(sarsteer("audit", engine, "--on-paper"))
     rewritten(engine, steering=())
-    result = sarsteer("audit", engine)
+    result = sarsteer("audit", engine, "--on-paper")
     assert result.exit_code == 6
     one_error(result.stderr, "the sidecar names no steering")
 

@@ -58,7 +58,10 @@ def test_a_steered_decoder_is_told_what_was_asked_for(decoder: Path, tmp_path: P
     inputs = inputs_of(decoder.with_name("steered.onnx"))
     batch = inputs["inputs_embeds"][0]
     assert inputs["steering_positions"] == inputs["steering_prompt_lengths"] == [batch]
-    assert inputs["steering_strength"] == [batch, 2]
+    assert inputs["steering_strength"] == [
+        "steering_rows",
+        2,
+    ]  # one row where it is not fed, whatever the batch
     refused(sarsteer(*given), "'first:4'", "--prompt-from input", code=3)
     baked = saved(tmp_path / "p.safetensors", add(0))
     answered(
@@ -101,6 +104,25 @@ def test_a_steered_decoder_is_steered_again_only_in_place_of_its_steering(
     assert onnx.load(fresh, load_external_data=False) == onnx.load(steered, load_external_data=False)
 
 
+def test_a_graph_that_only_says_that_it_is_steered_is_steered_in_place_of_what_it_says(
+    decoder: Path, plan: Path
+) -> None:
+    graph = onnx.load(decoder, load_external_data=False)
+    graph.metadata_props.add(key=PLAN_KEY, value="ab" * 32)
+    claiming, output = decoder.with_name("claiming.onnx"), decoder.with_name("steered.onnx")
+    onnx.save(graph, claiming)
+    refused(sarsteer("patch", claiming, "--plan", plan, "-o", output), "says that it is steered", "--replace")
+    answered(sarsteer("patch", claiming, "--plan", plan, "-o", output, "--replace"))
+    named = metadata(onnx.load(output, load_external_data=False))
+    assert named[PLAN_KEY] == SteeringPlan.load(plan).digest()
+
+
+def test_the_plan_is_never_written_over(decoder: Path, plan: Path) -> None:
+    before = plan.read_bytes()
+    refused(sarsteer("patch", decoder, "--plan", plan, "-o", plan, "--overwrite"), str(plan))
+    assert plan.read_bytes() == before
+
+
 def test_unpatching_gives_back_the_decoder(decoder: Path, plan: Path, tmp_path: Path) -> None:
     steered, back = decoder.with_name("steered.onnx"), decoder.with_name("back.onnx")
     refused(sarsteer("unpatch", decoder, "-o", back), "holds no steering")
@@ -140,7 +162,8 @@ def test_explain_says_the_form_of_every_edit_why_and_what_it_costs(decoder: Path
     assert "one addition: no bias is added to this tensor; decode 64 FLOP 768 B" in lines[1]
     assert "two thin products of the one gathered position: a row is edited at one position" in lines[2]
     assert lines[3].startswith("all edits, batch 1: decode ")
-    assert lines[4] == f"3 edits, {LAYERS} blocks -> {output}"
+    assert lines[4].startswith("shared, once per graph: 13 nodes")
+    assert lines[5] == f"3 edits, {LAYERS} blocks -> {output}"
     found = answered_json(sarsteer("patch", decoder, "--plan", plan, "-o", output, "--overwrite", "--json"))
     assert found["edits"][1]["cost"]["decode"] == {"flops": 64, "bytes": 768}
     assert found["edits"][1]["form"] == "one addition"
