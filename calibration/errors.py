@@ -8,9 +8,13 @@ from __future__ import annotations
 
 
 class SarsteerError(Exception):
-    """Base of every error this project raises on purpose."""
+    """Base of every error this project raises on purpose.
+
+    `has_details`: the message goes on in lines of its own, each indented by two.
+    """
 
     exit_code = 2
+    has_details = False
 
 
 class InputError(SarsteerError):
@@ -35,12 +39,14 @@ class EngineError(SarsteerError):
     """A runtime refused to build or run a graph."""
 
     exit_code = 5
+    has_details = True
 
 
 class ParityError(SarsteerError):
     """An engine does not do what the steered PyTorch model does."""
 
     exit_code = 6
+    has_details = True
 
 
 class AuditError(SarsteerError):

@@ -21,10 +21,12 @@ from sarsteer_export.cli import INTERRUPTED
 from sarsteer_export.staging import out_of_room
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 UNEXPECTED = 1
 DEBUG, SIGNALLED = "sarsteer_export.debug", "sarsteer_export.signalled"
+DETAIL = "\n  "
+"""What stands between the lines of a message that has details."""
 LOGGERS = ("calibration", "engines", "graph_passes", "sarsteer_export")
 
 
@@ -62,17 +64,19 @@ class Command(click.Command):
         except SarsteerError as error:
             if debug:
                 raise
-            _fail(context, str(error), error.exit_code)
+            lines = str(error).split(DETAIL) if error.has_details else [str(error)]
+            _fail(context, lines, error.exit_code)
         except KeyboardInterrupt:
-            _fail(context, "interrupted; nothing was written", INTERRUPTED)
+            _fail(context, ["interrupted; nothing was written"], INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # the last resort: one message, whatever happened
             if context.meta.get(SIGNALLED):
-                _fail(context, "interrupted; nothing was written", INTERRUPTED)
+                _fail(context, ["interrupted; nothing was written"], INTERRUPTED)
             if debug or (isinstance(error, OSError) and error.errno == errno.EPIPE):
                 raise  # a reader of stdout that went away, such as `head`, is no error: click ends quietly
-            _fail(context, *_unexpected(error))
+            message, exit_code = _unexpected(error)
+            _fail(context, [message], exit_code)
 
 
 class Progress:
@@ -155,8 +159,8 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-def _fail(context: click.Context, message: str, exit_code: int) -> NoReturn:
-    click.echo(f"Error: {_on_one_line(message)}", err=True)
+def _fail(context: click.Context, lines: Sequence[str], exit_code: int) -> NoReturn:
+    click.echo(f"Error: {DETAIL.join(map(_on_one_line, lines))}", err=True)
     context.exit(exit_code)
 
 

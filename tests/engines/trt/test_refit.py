@@ -219,7 +219,7 @@ LAST = {"strength": 1.0, "positions": Positions.LAST}
         ),
         (
             SteeringPlan(tiny_lalm.WIDTH * 2, tiny_lalm.LAYERS, (Add(0, random_vector(128, seed=0)),)),
-            "alone: they have other edits",
+            "the plan is for width 128; this decoder's width is 64",
         ),
     ],
 )
