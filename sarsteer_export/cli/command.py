@@ -127,7 +127,10 @@ def _signals_interrupt(context: click.Context) -> Iterator[None]:
 
 def emit(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """Print a result on stdout: as text for people, or as one JSON object, in which null is no finite number."""
-    click.echo(json.dumps(_finite(result), indent=2, default=str) if as_json else text)
+    if as_json:
+        click.echo(json.dumps(_finite(result), indent=2, default=str))
+    else:
+        click.echo("\n".join(map(_on_one_line, text.split("\n"))))
 
 
 def _finite(value: Any) -> Any:
@@ -165,7 +168,7 @@ def _fail(context: click.Context, lines: Sequence[str], exit_code: int) -> NoRet
 
 
 def _on_one_line(message: str) -> str:
-    """A message without what would end its line or move the cursor: it may quote a file from anywhere."""
+    """A line without what would end it or move the cursor: it may quote a file from anywhere."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in message

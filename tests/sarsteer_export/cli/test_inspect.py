@@ -278,3 +278,12 @@ def test_nothing_is_written_when_a_part_cannot_be(disguised: Path, tmp_path: Pat
     before = listing(tmp_path)
     refused(sarsteer(*given), code=4)
     assert listing(tmp_path) == before
+
+
+def test_what_a_file_says_of_itself_moves_no_cursor(tmp_path: Path) -> None:
+    _, proto = hand_decoder(Variant(), tmp_path / "decoder.onnx")
+    proto.metadata_props.add(key="author", value="\x1b[31mred\rover")
+    onnx.save(proto, tmp_path / "decoder.onnx")
+    shown = answered(sarsteer("inspect", tmp_path / "decoder.onnx"))
+    assert "author: \\x1b[31mred\\rover" in shown
+    assert "\x1b" not in shown
