@@ -35,6 +35,7 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.context_settings.setdefault("help_option_names", ["-h", "--help"])  # also without its group
         self.params += [
             click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
             click.Option(

@@ -524,8 +524,9 @@ def test_any_ordered_sizes_of_some_roles_make_a_profile(
 
 @given(sizes_strategy, st.sampled_from(["", ",position_ids", ",past_key_values.0.key"]), st.data())
 def test_any_ordered_totals_are_shared_out(totals: list[int], with_role: str, data: st.DataObject) -> None:
-    least = 1 if with_role == ",position_ids" else 0
-    part = data.draw(st.integers(least, max(totals[0], least)))
+    least = 1 if with_role == ",position_ids" else 0  # a pass has a token, and its total holds it
+    totals = [max(total, least) for total in totals]
+    part = data.draw(st.integers(least, totals[0]))
     suffix = {"": "", ",position_ids": f":1x{part}", ",past_key_values.0.key": f":1x2x{part}x32"}[with_role]
     low, opt, high = (f"attention_mask:1x{total}{with_role}{suffix}" for total in totals)
     (profile,) = explicit(low=low, opt=opt, high=high)

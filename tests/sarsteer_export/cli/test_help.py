@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from sarsteer_export.cli import COMMANDS
 from tests.sarsteer_export.command_line import answered, refused, run_python, sarsteer
@@ -38,6 +40,12 @@ def test_every_command_names_an_example_and_the_shared_options(name: str) -> Non
     for option in ("--json", "--config", "--debug", "--help"):
         assert option in text
     assert answered(sarsteer(name, "-h")) == text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_without_its_group_has_the_same_options(name: str) -> None:
+    command = import_module(f"sarsteer_export.cli.{name.replace('-', '_')}").command
+    assert "--debug" in answered(CliRunner().invoke(command, ["-h"]))
 
 
 def test_help_imports_none_of_the_libraries_that_do_the_work() -> None:
