@@ -5,6 +5,7 @@ ONNX's own checker is not asked: it also refuses much that runtimes and exporter
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -43,22 +44,39 @@ def check_well_formed(model: ModelProto) -> None:
     _check_texts(
         "its metadata", (text for entry in model.metadata_props for text in (entry.key, entry.value))
     )
+    _check_initializers(model.graph)
     parts: list[GraphProto | FunctionProto] = [model.graph, *model.functions]
     for part in parts:
         _check_part(part, versions.get("ai.onnx", 0), own)
 
 
 def _check_initializers(graph: GraphProto) -> None:
-    names = [tensor.name for tensor in graph.initializer]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"the initializer {twice!r} is defined twice; expected each name once")
+    """Every initializer has a name of its own; a sparse one has that of no other anywhere, bodies included."""
+    dense: Counter[str] = Counter()
+    sparse: Counter[str] = Counter()
+    for scope in _with_bodies(graph):
+        own = Counter(tensor.name for tensor in scope.initializer)
+        if twice := next((name for name, count in own.items() if count > 1), None):
+            raise InputError(f"the initializer {twice!r} is defined twice; expected each name once")
+        dense |= own
+        sparse.update(str(tensor.values.name) for tensor in scope.sparse_initializer)
+    for name, count in sparse.items():
+        if count > 1 or name in dense:
+            raise InputError(
+                f"the initializer {name!r} is defined twice, once sparse; expected each name once"
+            )
+
+
+def _with_bodies(graph: GraphProto) -> Iterator[GraphProto]:
+    waiting = [graph]
+    while waiting:
+        scope = waiting.pop()
+        waiting.extend(body for node in scope.node for body in subgraphs(node))
+        yield scope
 
 
 def _check_part(part: GraphProto | FunctionProto, opset: int, own: set[tuple[str, str]]) -> None:
     _check_texts("its tensors", _names(part))
-    if isinstance(part, GraphProto):
-        _check_initializers(part)
     for node in part.node:
         _check_texts(
             "a node",

@@ -60,7 +60,7 @@ def audit(
         raise InputError(f"{source}: no such file or directory")
     wanted = None if plan is None else load_plans(plan, CombineRule.SEQUENCE)
     if source.is_dir():
-        return _audit_bundle(source, wanted, last_from)
+        return _audit_bundle(source, wanted, last_from, on_paper=on_paper)
     if source.suffix == ENGINE_SUFFIX:
         report = _audit_engine(source, wanted, last_from)
         return report if on_paper or not report.on_paper else _unread(report)
@@ -73,19 +73,26 @@ def _audit_graph(path: Path, plan: SteeringPlan | None, last_from: LastFrom | No
     return audit_model(read_graph(path), plan, folder=path.parent, last_from=last_from)
 
 
-def _audit_bundle(folder: Path, plan: SteeringPlan | None, last_from: LastFrom | None) -> AuditReport:
+def _audit_bundle(
+    folder: Path, plan: SteeringPlan | None, last_from: LastFrom | None, *, on_paper: bool
+) -> AuditReport:
     """The bundle's steered decoder, and whether its files are those of its manifest."""
     manifest = Manifest.read(folder)
     report = _audit_graph(folder / STEERED_DECODER, plan, last_from)
     for engine in sorted(folder.glob(f"{ENGINES_FOLDER}/*/{DECODER_ENGINE}")):
         judged = _audit_engine(engine, plan, last_from)
         where = engine.relative_to(folder)
-        failures = (_unread(judged) if judged.on_paper else judged).failures()
+        failures = (_unread(judged) if judged.on_paper and not on_paper else judged).failures()
         report = dataclasses.replace(
             report,
             unexpected=(*report.unexpected, *(f"{where}: {failure}" for failure in failures)),
             notes=(*report.notes, *(f"{where}: {note}" for note in judged.notes[-1:])),
         )
+    strays = [
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.glob(f"{ENGINES_FOLDER}/**/*{ENGINE_SUFFIX}"))
+        if path.relative_to(folder).as_posix() not in manifest.files
+    ]
     altered = [name for name in manifest.files if manifest.altered(folder, [name]) is not None]
     if STEERED_DECODER.as_posix() not in manifest.files:
         altered.append(STEERED_DECODER.as_posix())
@@ -93,7 +100,11 @@ def _audit_bundle(folder: Path, plan: SteeringPlan | None, last_from: LastFrom |
     claims = f"the manifest says plan {manifest.plan_sha256[:12]}, parity {manifest.parity['verdict']}"
     return dataclasses.replace(
         report,
-        unexpected=(*report.unexpected, *(f"{name} is not the file of the manifest" for name in altered)),
+        unexpected=(
+            *report.unexpected,
+            *(f"{name} is not the file of the manifest" for name in altered),
+            *(f"{name} is an engine that the manifest does not name" for name in strays),
+        ),
         notes=(*report.notes, claims, *([hashes] if hashes else [])),
     )
 

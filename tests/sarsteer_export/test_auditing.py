@@ -16,7 +16,14 @@ from calibration.plan import Positions, Site, SteeringPlan
 from engines.sidecar import BuildFacts, EngineRecord, NetworkConstant, Refit, sidecar_of
 from graph_passes.refit import plan_constants
 from sarsteer_export import CombineRule, PatchSettings, audit, patch, refit
-from sarsteer_export.bundle.manifest import PLAN, STEERED_DECODER, file_sha256
+from sarsteer_export.bundle.manifest import (
+    MANIFEST,
+    PLAN,
+    STEERED_DECODER,
+    Manifest,
+    describe_files,
+    file_sha256,
+)
 from tests.conftest import one_edit, random_vector
 from tests.decoders import HAND_LAYERS, HAND_WIDTH, Variant, hand_decoder
 from tests.graph_passes import attacks
@@ -158,20 +165,33 @@ def test_bad_input_is_refused(made: Files, tmp_path: Path) -> None:
 
 
 def test_the_engines_of_a_bundle_are_audited_with_it(bundle_copy: Path, plan: SteeringPlan) -> None:
-    """An honest engine of the bundle's decoder passes; one that says itself that it is not steered does not."""
-    engine = bundle_copy / "engines" / "some" / "decoder.engine"
+    """An honest engine of the bundle's decoder passes; a stray one, or one that is not steered, does not."""
+    name, manifest = "engines/some/decoder.engine", Manifest.read(bundle_copy)
+    engine = bundle_copy / name
     engine.parent.mkdir(parents=True)
     engine_of(bundle_copy / STEERED_DECODER, engine, plan)
+    assert f"{name} is an engine that the manifest does not name" in audit(bundle_copy, plan).unexpected
+    listed(bundle_copy, manifest)
     report = audit(bundle_copy, plan)
     assert report.passed
-    assert any(note.startswith("engines/some/decoder.engine: an engine's own") for note in report.notes)
+    assert any(note.startswith(f"{name}: an engine's own") for note in report.notes)
     rewritten(engine, plan_sha256=None, steering=())
+    listed(bundle_copy, manifest)
     report = audit(bundle_copy, plan)
     assert not report.passed
-    assert (
-        report.unexpected[0]
-        == "engines/some/decoder.engine: the sidecar names no plan; expected " + plan.digest()[:12]
+    assert report.unexpected[0] == f"{name}: the sidecar names no plan; expected {plan.digest()[:12]}"
+    rewritten(
+        engine, plan_sha256=plan.digest(), steering=(), graph={"file": "elsewhere.onnx", "sha256": "0" * 64}
     )
+    listed(bundle_copy, manifest)
+    assert "--on-paper accepts that" in str(audit(bundle_copy, plan).unexpected)
+    assert "--on-paper accepts that" not in str(audit(bundle_copy, plan, on_paper=True).unexpected)
+
+
+def listed(bundle: Path, manifest: Manifest) -> None:
+    """Make the manifest name every file of the bundle as it is now."""
+    (bundle / MANIFEST).unlink()
+    dataclasses.replace(manifest, files=describe_files(bundle)).write(bundle)
 
 
 def test_a_bundle_is_audited_with_its_hashes(bundle_copy: Path, plan: SteeringPlan) -> None:
