@@ -62,7 +62,7 @@ def audio_only(processor_class: Any) -> Any:
     loader = type("Heard", (processor_class,), {"get_attributes": classmethod(lambda _: heard)})
 
     def load_parts(_cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        parts = iter(loader._get_arguments_from_pretrained(*args, **kwargs))  # type: ignore[attr-defined]  # noqa: SLF001
+        parts = iter(loader._get_arguments_from_pretrained(*args, **kwargs))  # type: ignore[attr-defined]
         return [LeftOut() if name in visual else next(parts) for name in names]
 
     def check_part(self: Any, name: str, part: Any) -> Any:

@@ -21,7 +21,8 @@ from tests.zoo.weights import scatter
 
 TEMPLATE = (
     "{% for message in messages %}<|start_of_role|>{{ message['role'] }}<|end_of_role|>"
-    "{{ message['content'] }}<|endoftext|>\n{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
+    "{{ message['content'] }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"
 )
 
 
