@@ -102,7 +102,7 @@ def calibration_provenance(
         "model_id": lalm.path.resolve().name,
         "model_dtype": str(lalm.model.dtype).removeprefix("torch."),
         "model_fingerprint": lalm.fingerprint,
-        "chat_template_sha256": hashlib.sha256(str(lalm.processor.chat_template).encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(str(lalm.adapter.chat_template).encode()).hexdigest(),
         "refusal_prompt": settings.refusal_prompt,
         "prompts": sorted({request.text for request in (*harmful, *benign)})[:20],
         "harmful": {"count": len(harmful), "sha256": requests_digest(harmful)},
