@@ -104,6 +104,7 @@ def qwen2_5_thinker(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniThinkerCon
         video_token_index=token("<|VIDEO|>"),
         audio_start_token_id=token("<|audio_bos|>"),
         audio_end_token_id=token("<|audio_eos|>"),
+        vision_start_token_id=token("<|vision_bos|>"),
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -119,6 +120,7 @@ def qwen3_thinker(tokenizer: PreTrainedTokenizerFast) -> Qwen3OmniMoeThinkerConf
         image_token_id=token("<|IMAGE|>"),
         video_token_id=token("<|VIDEO|>"),
         audio_start_token_id=token("<|audio_bos|>"),
+        vision_start_token_id=token("<|vision_bos|>"),
         pad_token_id=tokenizer.pad_token_id,
     )
 

@@ -190,9 +190,15 @@ def test_steering_acts_behind_every_block_in_prefill_and_in_cached_decode(family
         handle.remove()
     prompt = inputs["input_ids"].shape[1]
     assert tokens.shape[1] == prompt + 3
-    assert [len(states[0]) for states in before] == [prompt] * depth + [1] * 2 * depth
+    assert len(before) == len(after) == 3 * depth
+    text = family_lalm.model.config.get_text_config()
+    whole = depth - (
+        getattr(text, "num_kv_shared_layers", None) or 0
+    )  # blocks that get more than the last position
+    assert [len(states[0]) for states in before[:whole]] == [prompt] * whole
+    assert [len(states[0]) for states in before[whole:]] == [1] * (3 * depth - whole)
     for call, (plain, edited) in enumerate(zip(before, after, strict=True)):
-        chosen = last_attended(inputs["attention_mask"], prompt) if call < depth else torch.ones(2, 1).bool()
+        chosen = last_attended(inputs["attention_mask"], prompt)[:, -plain.shape[1] :]
         change = torch.where(chosen[..., None], torch.from_numpy(0.5 * vectors[call % depth]), 0.0)
         np.testing.assert_array_equal(edited, plain + change)
 
