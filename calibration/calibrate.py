@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.directions import SteeringSettings, largest_rank, steering_plan
 from calibration.errors import InputError
-from calibration.lalm import Lalm, load_lalm
+from calibration.lalm import Lalm
 from calibration.magnitudes import recorded_magnitudes, steered_magnitudes
+from calibration.model_options import ModelOptions, driven_by
 from calibration.requests import SpokenRequest, check_benign_count, read_requests, requests_digest
 from calibration.states import check_clips, collect_states
 
@@ -53,11 +54,12 @@ def calibrate(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    loading: ModelOptions | None = None,
     progress: Progress | None = None,
 ) -> SteeringPlan:
     """Compute the SARSteer plan of a model (METHOD: refusal direction, safe subspace, ablation).
 
-    `model`: a checkpoint directory, or a model already loaded. `harmful`, `benign`: JSON Lines files of
+    `model`: a checkpoint directory, loaded as `loading` says, or a model already loaded. `harmful`, `benign`: JSON Lines files of
     spoken requests. How large the residual stream gets, with and without the plan, goes into its provenance.
     Raises `InputError` for a bad model, bad requests or fewer than two benign ones, and where the stream
     overflows the model's dtype.
@@ -68,7 +70,11 @@ def calibrate(
     harmful_requests = read_requests(harmful, limit=settings.limit, seed=settings.seed)
     benign_requests = read_requests(benign, limit=settings.limit, seed=settings.seed)
     check_benign_count(benign_requests, benign)
-    lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
+    lalm = (
+        model
+        if isinstance(model, Lalm)
+        else (loading or ModelOptions()).load(model, device=device, dtype=dtype)
+    )
     requests = (*harmful_requests, *benign_requests)
     check_clips(lalm, requests)
     provenance = calibration_provenance(lalm, harmful_requests, benign_requests, settings)
@@ -96,12 +102,14 @@ def calibration_provenance(
 ) -> dict[str, Any]:
     """What a plan was computed from, as JSON: model, data, prompts, settings and library versions."""
     steering = asdict(settings.steering)
+    driven = driven_by(lalm)
     return {
         "method": "SARSteer (arXiv 2510.17633)",
         "model": type(lalm.model).__name__,
         "model_id": lalm.path.resolve().name,
         "model_dtype": str(lalm.model.dtype).removeprefix("torch."),
         "model_fingerprint": lalm.fingerprint,
+        **({} if driven is None else {"model_driven_by": driven}),
         "chat_template_sha256": hashlib.sha256(str(lalm.adapter.chat_template).encode()).hexdigest(),
         "refusal_prompt": settings.refusal_prompt,
         "prompts": sorted({request.text for request in (*harmful, *benign)})[:20],

@@ -16,7 +16,9 @@ from calibration.checkpoint import (
     read_config,
 )
 from calibration.errors import InputError, UnsupportedError
+from calibration.model_options import ModelOptions
 from calibration.plan import PositionKind, SteeringPlan, check_plan_fits
+from calibration.remote_code import check_trusted
 from calibration.requests import (
     SpokenRequest,
     check_audio_files,
@@ -61,7 +63,7 @@ class BuildSettings:
 
     `plan`: a ready plan file; calibration is then skipped, and `harmful` and `benign` serve parity alone.
     `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none. `engine`: what to build
-    beside the ONNX graphs. `allow_overflow`: build even where calibration saw values that float16 cannot square.
+    beside the ONNX graphs. `loading`: how the model is loaded and driven. `allow_overflow`: build even where calibration saw values that float16 cannot square.
     """
 
     harmful: Path
@@ -76,6 +78,7 @@ class BuildSettings:
     allow_overflow: bool = False
     max_new_tokens: int = 32
     keep_unsteered: bool = True
+    loading: ModelOptions = field(default_factory=ModelOptions)
     device: str = "cpu"
     dtype: str = "float32"
     force: bool = False
@@ -121,7 +124,10 @@ def engine_stage(backend: str) -> str:
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     """Read and check what a build starts from, as far as that goes without loading the model."""
     config = read_config(model)
-    check_audio_language_model(model, config)
+    if settings.loading == ModelOptions():
+        check_audio_language_model(model, config)
+    else:  # whether it hears is for its adapter, or its own code, to say
+        check_trusted(model, config, trust_remote_code=settings.loading.trust_remote_code)
     identity = fingerprint(model)
     limit, seed = settings.calibration.limit, settings.calibration.seed
     harmful = read_requests(settings.harmful, limit=limit, seed=seed)
@@ -136,7 +142,13 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         check_audio_files(requests)
     if settings.plan is None:
         check_benign_count(benign, settings.benign)
-    common = [identity, processor_digest(model), settings.dtype, installed_versions(*PACKAGES)]
+    common = [
+        identity,
+        processor_digest(model),
+        settings.loading.identity(model),
+        settings.dtype,
+        installed_versions(*PACKAGES),
+    ]
     magnitudes: Any = None
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)

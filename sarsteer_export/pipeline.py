@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from calibration.calibrate import calibrate
 from calibration.checkpoint import parameter_count
 from calibration.errors import InputError, ParityError
-from calibration.lalm import Lalm, load_lalm
+from calibration.lalm import Lalm
+from calibration.model_options import driven_by
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.states import check_clips
 from engines.backends import Runtime
@@ -125,7 +126,7 @@ def build(
     check_output(target, overwrite=settings.overwrite)
     _check_space(target, _needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
-        lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
+        lalm = settings.loading.load(inputs.model, device=settings.device, dtype=settings.dtype)
         for requests in (inputs.harmful, inputs.benign, *inputs.evaluation.values()):
             check_clips(lalm, requests)
         check_prompts_fit(lalm, inputs, settings)
@@ -262,6 +263,7 @@ def describe(
 ) -> Manifest:
     """The manifest of a bundle folder, before it was proven."""
     config: Any = lalm.model.config
+    driven = driven_by(lalm)
     generation: Any = lalm.model.generation_config
     end = generation.eos_token_id
     graphs = {}
@@ -277,6 +279,7 @@ def describe(
             "class": type(lalm.model).__name__,
             "fingerprint": lalm.fingerprint,
             "dtype": str(lalm.model.dtype).removeprefix("torch."),
+            **({} if driven is None else {"driven_by": driven}),
         },
         tokens={
             "audio": int(config.audio_token_id),

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from calibration.errors import ParityError, UnsupportedError
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
-from sarsteer_export.cli.options import FILE, FOLDER, engine_option, overwrite_option, parity_options
+from sarsteer_export.cli.options import (
+    FILE,
+    FOLDER,
+    chosen_model_options,
+    engine_option,
+    model_options,
+    overwrite_option,
+    parity_options,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--report", type=FILE, default=None, help="Write the report to a .json or .html file.")
 @engine_option
 @parity_options
+@model_options
 @overwrite_option
 def command(
     bundle: Path,
@@ -34,6 +43,7 @@ def command(
     blocks: bool,
     overwrite: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Run parity again: the bundle folder BUNDLE against the eager model, with negative controls.
 
@@ -56,7 +66,9 @@ def command(
         check_output(report, overwrite=overwrite)
     quiet_transformers()
     settings = ParitySettings(prompts, decode_steps, blocks, backend=engine)
-    found = verify(bundle, model, requests, settings, progress=Progress())
+    found = verify(
+        bundle, model, requests, settings, loading=chosen_model_options(given), progress=Progress()
+    )
     content = found.to_json() | {"table": found.table()}
     if report is not None:
         page = parity_page(content) if report.suffix == ".html" else json.dumps(content, indent=2) + "\n"
