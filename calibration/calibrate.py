@@ -59,8 +59,8 @@ def calibrate(
 ) -> SteeringPlan:
     """Compute the SARSteer plan of a model (METHOD: refusal direction, safe subspace, ablation).
 
-    `model`: a checkpoint directory, loaded as `loading` says, or a model already loaded. `harmful`, `benign`: JSON Lines files of
-    spoken requests. How large the residual stream gets, with and without the plan, goes into its provenance.
+    `model`: a checkpoint directory, loaded as `loading` says, or a model already loaded. `harmful`, `benign`:
+    JSON Lines files of spoken requests. How large the residual stream gets, with and without the plan, goes into its provenance.
     Raises `InputError` for a bad model, bad requests or fewer than two benign ones, and where the stream
     overflows the model's dtype.
     """

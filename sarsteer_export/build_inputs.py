@@ -18,7 +18,6 @@ from calibration.checkpoint import (
 from calibration.errors import InputError, UnsupportedError
 from calibration.model_options import ModelOptions
 from calibration.plan import PositionKind, SteeringPlan, check_plan_fits
-from calibration.remote_code import check_trusted
 from calibration.requests import (
     SpokenRequest,
     check_audio_files,
@@ -63,7 +62,8 @@ class BuildSettings:
 
     `plan`: a ready plan file; calibration is then skipped, and `harmful` and `benign` serve parity alone.
     `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none. `engine`: what to build
-    beside the ONNX graphs. `loading`: how the model is loaded and driven. `allow_overflow`: build even where calibration saw values that float16 cannot square.
+    beside the ONNX graphs. `loading`: how the model is loaded and driven.
+    `allow_overflow`: build even where calibration saw values that float16 cannot square.
     """
 
     harmful: Path
@@ -125,9 +125,7 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     """Read and check what a build starts from, as far as that goes without loading the model."""
     config = read_config(model)
     if settings.loading == ModelOptions():
-        check_audio_language_model(model, config)
-    else:  # whether it hears is for its adapter, or its own code, to say
-        check_trusted(model, config, trust_remote_code=settings.loading.trust_remote_code)
+        check_audio_language_model(model, config)  # else its adapter, or its own code, says whether it hears
     identity = fingerprint(model)
     limit, seed = settings.calibration.limit, settings.calibration.seed
     harmful = read_requests(settings.harmful, limit=limit, seed=seed)
@@ -142,7 +140,7 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         check_audio_files(requests)
     if settings.plan is None:
         check_benign_count(benign, settings.benign)
-    common = [
+    common: list[Any] = [
         identity,
         processor_digest(model),
         settings.loading.identity(model),

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from calibration.calibrate import calibrate
 from calibration.checkpoint import parameter_count
 from calibration.errors import InputError, ParityError
-from calibration.lalm import Lalm
 from calibration.model_options import driven_by
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.states import check_clips
@@ -67,6 +66,7 @@ from sarsteer_export.versions import installed_versions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from calibration.lalm import Lalm
     from calibration.states import Progress
 
 
