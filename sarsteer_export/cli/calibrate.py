@@ -9,11 +9,14 @@ import numpy as np
 
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
 from sarsteer_export.cli.options import (
+    ANY_PATH,
+    DATA,
     FILE,
     FOLDER,
     calibration_options,
     calibration_settings,
     chosen_model_options,
+    data_options,
     device_options,
     model_options,
     overwrite_option,
@@ -26,9 +29,10 @@ if TYPE_CHECKING:
 
 @click.command("calibrate", cls=Command)
 @click.argument("model", type=FOLDER)
-@click.option("--harmful", type=FILE, required=True, help="Harmful spoken requests (JSON Lines).")
-@click.option("--benign", type=FILE, required=True, help="Benign spoken requests (JSON Lines).")
+@click.option("--harmful", type=ANY_PATH, required=True, help=f"Harmful spoken requests: {DATA}.")
+@click.option("--benign", type=ANY_PATH, required=True, help="Benign spoken requests, likewise.")
 @click.option("--output", "-o", type=FILE, required=True, help="Plan to write (safetensors).")
+@data_options
 @calibration_options
 @device_options
 @model_options

@@ -10,13 +10,17 @@ import click
 from calibration.errors import ParityError, UnsupportedError
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
 from sarsteer_export.cli.options import (
+    ANY_PATH,
+    DATA,
     FILE,
     FOLDER,
     chosen_model_options,
+    data_options,
     engine_option,
     model_options,
     overwrite_option,
     parity_options,
+    read_settings,
 )
 
 if TYPE_CHECKING:
@@ -26,8 +30,9 @@ if TYPE_CHECKING:
 @click.command("verify", cls=Command)
 @click.argument("bundle", type=FOLDER)
 @click.option("--model", type=FOLDER, required=True, help="Checkpoint the bundle was made from.")
-@click.option("--requests", type=FILE, required=True, help="Spoken requests to compare on (JSON Lines).")
+@click.option("--requests", type=ANY_PATH, required=True, help=f"Spoken requests to compare on: {DATA}.")
 @click.option("--report", type=FILE, default=None, help="Write the report to a .json or .html file.")
+@data_options
 @engine_option
 @parity_options
 @model_options
@@ -66,9 +71,8 @@ def command(
         check_output(report, overwrite=overwrite)
     quiet_transformers()
     settings = ParitySettings(prompts, decode_steps, blocks, backend=engine)
-    found = verify(
-        bundle, model, requests, settings, loading=chosen_model_options(given), progress=Progress()
-    )
+    loading, data = chosen_model_options(given), read_settings(given)
+    found = verify(bundle, model, requests, settings, loading=loading, data=data, progress=Progress())
     content = found.to_json() | {"table": found.table()}
     if report is not None:
         page = parity_page(content) if report.suffix == ".html" else json.dumps(content, indent=2) + "\n"
