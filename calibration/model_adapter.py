@@ -306,6 +306,19 @@ class ModelAdapter:
         found: torch.Tensor = embeds_BSD[inputs["input_ids"] == self.audio_token_id]
         return found
 
+    def audio_token_count(self, clip: NDArray[np.float32]) -> int:
+        """How many audio embeddings the model makes of a clip (samples,), by its processor's own count."""
+        ids = self.encode([""], [clip])["input_ids"]
+        return int((ids == torch.tensor(self.audio_token_id)).sum())
+
+    def generate(self, inputs: Mapping[str, torch.Tensor], **settings: Any) -> torch.Tensor:
+        """The tokens that the model writes behind what `encode` made, int64 (B, S); `settings` are `generate`'s."""
+        told = {
+            name: value for name, value in inputs.items() if name != "position_ids"
+        }  # it counts them itself
+        tokens_BS: torch.Tensor = self.model.generate(**told, **settings)
+        return tokens_BS[:, inputs["input_ids"].shape[1] :]
+
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """Logits (B, S, V) of what the decoder returns."""
         logits: torch.Tensor = self.parts.lm_head(hidden_BSD)

@@ -89,8 +89,7 @@ class _Window:
                 "steering needs the decoder's 2-D attention mask [batch, past + sequence] to find the last "
                 f"position of each row; got {getattr(mask, 'shape', type(mask).__name__)}"
             )
-        cache = kwargs.get("past_key_values")
-        self._past = 0 if cache is None else int(cache.get_seq_length())
+        self._past = _past_length(kwargs.get("past_key_values"))
         self._mask_BT, self._selected = mask, {}
 
     def selected(self, positions: Positions, hidden_BSD: torch.Tensor) -> torch.Tensor:
@@ -115,6 +114,13 @@ class _Window:
                 "this pass continues a cache whose prompt was not seen while steering; give prompt_lengths"
             )
         return self._latest_B
+
+
+def _past_length(cache: Any) -> int:
+    """How many positions a cache holds; code that comes with a checkpoint may keep keys and values in tuples."""
+    if cache is None:
+        return 0
+    return int(cache[0][0].shape[-2] if isinstance(cache, (tuple, list)) else cache.get_seq_length())
 
 
 class _Lowered:
