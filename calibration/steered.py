@@ -90,8 +90,7 @@ class _Window:
                 "steering needs the decoder's 2-D attention mask [batch, past + sequence] to find the last "
                 f"position of each row; got {getattr(mask, 'shape', type(mask).__name__)}"
             )
-        cache = kwargs.get("past_key_values")
-        self._past = 0 if cache is None else int(cache.get_seq_length())
+        self._past = _past_length(kwargs.get("past_key_values"))
         read = kwargs.get("inputs_embeds")
         read = kwargs.get("input_ids") if read is None else read
         self._sequence = None if read is None else read.shape[1]
@@ -123,6 +122,13 @@ class _Window:
                 "this pass continues a cache whose prompt was not seen while steering; give prompt_lengths"
             )
         return self._latest_B
+
+
+def _past_length(cache: Any) -> int:
+    """How many positions a cache holds; code that comes with a checkpoint may keep keys and values in tuples."""
+    if cache is None:
+        return 0
+    return int(cache[0][0].shape[-2] if isinstance(cache, (tuple, list)) else cache.get_seq_length())
 
 
 class _Lowered:
