@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import transformers
@@ -232,14 +232,20 @@ class ModelAdapter:
     ) -> Mapping[str, Any]:
         """The processor's model inputs of B user turns, padded on the left."""
         prompts = self.prompts(texts, spoken=audios is not None)
-        spoken: dict[str, Any] = {"audio": None} if self.hears else {}  # some processors insist on being told
-        if audios is not None:
-            spoken = {"audio": list(audios), "sampling_rate": self.sampling_rate}
+        text_settings: dict[str, Any] = {"padding": True, "padding_side": "left"}
         # A template that begins with the token of beginning has said it; the tokenizer must not say it again.
         first = getattr(self.tokenizer, "bos_token", None)
-        told = {"add_special_tokens": False} if first and prompts[0].startswith(first) else {}
+        if first and prompts[0].startswith(first):
+            text_settings["add_special_tokens"] = False
+        if not self.hears:
+            return cast("Mapping[str, Any]", self.tokenizer(prompts, return_tensors="pt", **text_settings))
+        audio_settings = {} if audios is None else {"sampling_rate": self.sampling_rate}
         batch: Mapping[str, Any] = self.processor(
-            text=prompts, return_tensors="pt", padding=True, padding_side="left", **spoken, **told
+            text=prompts,
+            audio=None if audios is None else list(audios),
+            return_tensors="pt",
+            text_kwargs=text_settings,  # how features are padded is the processor's business, not the text's
+            audio_kwargs=audio_settings,
         )
         return batch
 
