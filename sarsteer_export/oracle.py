@@ -168,7 +168,7 @@ class _EagerDecoder:
 
     def __init__(self, lalm: Lalm, plan: SteeringPlan | None, tensors: list[str] | None) -> None:
         self._lalm, self._plan, self._tensors = lalm, plan, tensors
-        self._component = DecoderComponent(lalm.model)
+        self._component = DecoderComponent(lalm.adapter)
         self._cache = DynamicCache()
         self._steps: list[dict[str, np.ndarray[Any, Any]]] = []
         self._stack = ExitStack()
