@@ -15,7 +15,14 @@ from calibration.model_adapter import ModelAdapter
 if TYPE_CHECKING:
     from calibration.architecture import Checkpoint
 
-ADAPTERS: tuple[type[ModelAdapter], ...] = (Gemma4, GlmAsr, GraniteSpeech, Phi4Multimodal, Qwen3Asr, Qwen3Omni)
+ADAPTERS: tuple[type[ModelAdapter], ...] = (
+    Gemma4,
+    GlmAsr,
+    GraniteSpeech,
+    Phi4Multimodal,
+    Qwen3Asr,
+    Qwen3Omni,
+)
 """Adapters of families that need their own; every other model is driven by `ModelAdapter`."""
 
 

@@ -60,8 +60,10 @@ class ExportedComponents:
     @classmethod
     def within(cls, folder: Path, missing: dict[str, str] | None = None) -> ExportedComponents:
         """The components as `export` lays them out in a folder."""
-        paths = (folder / f"{name}.onnx" for name in (DECODER, AUDIO_ENCODER, EMBED_TOKENS))
-        return cls(*paths, missing=missing or {})
+        decoder, encoder, embedding = (
+            folder / f"{name}.onnx" for name in (DECODER, AUDIO_ENCODER, EMBED_TOKENS)
+        )
+        return cls(decoder, encoder, embedding, missing or {})
 
 
 def export(
@@ -144,7 +146,7 @@ def _sample_inputs(component: DecoderComponent) -> dict[str, Any]:
 
 
 def _random_inputs(component: DecoderComponent, sequence: int, *, like: torch.Tensor) -> dict[str, Any]:
-    sizes = {"inputs_embeds": (component.parts.hidden_size,)}
+    sizes: dict[str, tuple[int, ...]] = {"inputs_embeds": (component.parts.hidden_size,)}
     if component.per_layer_width:
         sizes[PER_LAYER_INPUTS] = (len(component.parts.blocks), component.per_layer_width)
     return {name: torch.randn(SAMPLE_BATCH, sequence, *size).to(like) for name, size in sizes.items()}
@@ -175,8 +177,6 @@ def _trace_audio_encoder(lalm: Lalm) -> ir.Model:
 
 def _trace_embed_tokens(lalm: Lalm) -> ir.Model:
     ids = torch.arange(SAMPLE_BATCH * SAMPLE_SEQUENCE, device=lalm.model.device)
-    traced = trace(
-        EmbedTokensComponent(lalm.adapter), {"input_ids": ids.view(SAMPLE_BATCH, SAMPLE_SEQUENCE)}
-    )
+    traced = trace(EmbedTokensComponent(lalm.adapter), {"input_ids": ids.view(SAMPLE_BATCH, SAMPLE_SEQUENCE)})
     name_embed_tokens(traced)
     return traced

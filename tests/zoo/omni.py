@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5OmniProcessor,
