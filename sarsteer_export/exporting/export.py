@@ -61,8 +61,10 @@ class ExportedComponents:
     @classmethod
     def within(cls, folder: Path, missing: dict[str, str] | None = None) -> ExportedComponents:
         """The components as `export` lays them out in a folder."""
-        paths = (folder / f"{name}.onnx" for name in (DECODER, AUDIO_ENCODER, EMBED_TOKENS))
-        return cls(*paths, missing=missing or {})
+        decoder, encoder, embedding = (
+            folder / f"{name}.onnx" for name in (DECODER, AUDIO_ENCODER, EMBED_TOKENS)
+        )
+        return cls(decoder, encoder, embedding, missing or {})
 
 
 def export(
@@ -150,7 +152,7 @@ def _sample_inputs(component: DecoderComponent) -> dict[str, Any]:
 
 
 def _random_inputs(component: DecoderComponent, sequence: int, *, like: torch.Tensor) -> dict[str, Any]:
-    sizes = {"inputs_embeds": (component.parts.hidden_size,)}
+    sizes: dict[str, tuple[int, ...]] = {"inputs_embeds": (component.parts.hidden_size,)}
     if component.per_layer_width:
         sizes[PER_LAYER_INPUTS] = (len(component.parts.blocks), component.per_layer_width)
     return {name: torch.randn(SAMPLE_BATCH, sequence, *size).to(like) for name, size in sizes.items()}

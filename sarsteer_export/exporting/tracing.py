@@ -29,10 +29,23 @@ STACK_TRACE_KEY = "pkg.torch.onnx.stack_trace"
 
 def trace(component: nn.Module, inputs: Mapping[str, Any]) -> ir.Model:
     """The graph of a component. Raises `UnsupportedError` with the reason when it cannot be traced."""
+    traced = _traced(component, inputs, optimize=True)
+    if (lost := _undefined(traced)) is not None:
+        # onnxscript 0.7 fuses nested clamps and leaves out a constant that it made of them.
+        traced = _traced(component, inputs, optimize=False)
+        lost = _undefined(traced)
+    if lost is not None:
+        raise UnsupportedError(
+            f"{type(component).__name__}: its exported graph reads {lost!r}, which nothing defines"
+        )
+    return traced
+
+
+def _traced(component: nn.Module, inputs: Mapping[str, Any], *, optimize: bool) -> ir.Model:
     with quiet(), torch.no_grad():
         try:
             make_exporter: Any = OnnxExporter
-            config = OnnxConfig(dynamic=True, opset_version=OPSET)
+            config = OnnxConfig(dynamic=True, opset_version=OPSET, optimize=optimize)
             exported = make_exporter().export(component.eval(), dict(inputs), config)
         except (
             RuntimeError,
@@ -47,6 +60,17 @@ def trace(component: nn.Module, inputs: Mapping[str, Any]) -> ir.Model:
             ) from error
     program: ir.Model = exported.program
     return program
+
+
+def _undefined(model: ir.Model) -> str | None:
+    """The first tensor that a node reads and that no input, initializer or earlier node defines; None in a graph."""
+    known = {*model.graph.inputs, *model.graph.initializers.values()}
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value not in known:
+                return str(value.name)
+        known.update(node.outputs)
+    return None
 
 
 def write(model: ir.Model, path: Path, fingerprint: str | None) -> None:
@@ -68,7 +92,13 @@ def quiet() -> Iterator[None]:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(
+                io.StringIO()
+            ),  # where a trace fails, what was traced is printed there
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
