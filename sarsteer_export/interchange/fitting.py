@@ -149,7 +149,7 @@ def _boundary(edit: Add) -> int:
 
 def _summed(layer: int, edits: list[Add]) -> NDArray[np.float32]:
     """The sum of strength · vector; each product in float32, as a plan defines it."""
-    scaled = [np.multiply(np.float32(edit.strength), edit.vector, dtype=np.float32) for edit in edits]
+    scaled = [np.asarray(np.float32(edit.strength) * edit.vector, dtype=np.float32) for edit in edits]
     if len(scaled) == 1:
         return scaled[0]
     with np.errstate(over="ignore"):

@@ -36,7 +36,8 @@ def read_svec(content: bytes, name: str) -> LayerVectors:
     if "condition" in name.lower():
         raise UnsupportedError(
             "its name says that it is a condition vector: such a vector is compared with the stream and decides "
-            "whether others act, it is never added, and plans have no conditions; rename the file if it is a behavior vector"
+            "whether others act, it is never added, and plans have no conditions; if it is a behavior vector, "
+            "rename the file"
         )
     try:
         data = json.loads(content.decode("utf-8"))
