@@ -26,7 +26,7 @@ HOLDING = Holding(
     "a SteeringVector",
     "steering-vectors",
     Site.BLOCK_OUTPUT,
-    elsewhere="; where the plan acts at `last`, apply it with token_indices=[-1]",
+    elsewhere="; where the plan acts at `last`, pass min_token_index=None, token_indices=[-1] to its apply",
 )
 
 
