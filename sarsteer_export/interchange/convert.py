@@ -126,7 +126,10 @@ def _plan(source: Source, wanted: Wanted) -> tuple[SteeringPlan, tuple[str, ...]
     if not isinstance(content, LayerVectors):
         _only(wanted, "a checkpoint of activations", "layers", "alpha", "ablation", "rank", "num_layers")
         _same_depth(source, content.benign_NLD.shape[1], wanted)
-        return _from_activations(content, wanted, provenance), ()
+        try:
+            return _from_activations(content, wanted, provenance), ()
+        except InputError as error:
+            raise InputError(f"{source.path}: {error}") from None
     _only(wanted, "a file of vectors", "layers", "num_layers", "strength", "positions")
     if wanted.num_layers is None:
         raise InputError(

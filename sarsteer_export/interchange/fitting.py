@@ -149,11 +149,9 @@ def _boundary(edit: Add) -> int:
 
 def _summed(layer: int, edits: list[Add]) -> NDArray[np.float32]:
     """The sum of strength · vector; each product in float32, as a plan defines it."""
-    scaled = [np.asarray(np.float32(edit.strength) * edit.vector, dtype=np.float32) for edit in edits]
-    if len(scaled) == 1:
-        return scaled[0]
+    scaled_ED = np.stack([np.float32(edit.strength) * edit.vector for edit in edits])
     with np.errstate(over="ignore"):
-        total_D = np.sum(scaled, axis=0, dtype=np.float64).astype(np.float32)
+        total_D: NDArray[np.float32] = scaled_ED.sum(axis=0, dtype=np.float64).astype(np.float32)
     if not np.isfinite(total_D).all():
         raise InputError(f"the edits at layer {layer} sum to more than float32 holds; lower their strengths")
     return total_D

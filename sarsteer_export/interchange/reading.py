@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from calibration.errors import InputError, SarsteerError
 from calibration.plan import SteeringPlan
+from sarsteer_export.bundle.manifest import file_sha256
 from sarsteer_export.interchange.activations import activation_states
 from sarsteer_export.interchange.control_vector import read_control_vector
 from sarsteer_export.interchange.gguf import MAGIC
@@ -51,8 +51,7 @@ def read_source(path: Path) -> Source:
     except SarsteerError as error:
         named = str(error).startswith(f"plan {path}: ")
         raise (error if named else type(error)(f"{path}: {error}")) from None
-    with path.open("rb") as opened:
-        return Source(path, hashlib.file_digest(opened, "sha256").hexdigest(), content)
+    return Source(path, file_sha256(path), content)
 
 
 def _read(path: Path) -> Content:

@@ -17,9 +17,9 @@ from tests.foreign.checkpoints import CHECKPOINTS
 from tests.sarsteer_export.interchange.written import FILES, LAYERS, PLACES, WIDTH, plan_behind, write
 
 STRENGTH = 0.75
-EAGER_ATOL = 2e-5
-"""Largest difference of logits between two releases of transformers and torch on this decoder, whose logits reach 8:
-float32 sums in another order."""
+EAGER_ATOL = 1e-5
+"""Largest difference of logits between releases of transformers and torch on this decoder, whose logits reach 3:
+float32 sums in another order. 1e-6 on the machine where the files were made."""
 HALF_CACHE_ATOL = 5e-3
 """llama.cpp keeps keys and values in float16: unsteered it is 1.8e-3 away from transformers."""
 FROM_PACKAGES = ("repeng", "repeng_block_0", "steering_vectors", "behavior")
@@ -67,7 +67,8 @@ def test_a_file_is_read_to_the_bit(name: str, tmp_path: Path) -> None:
     layers = range(1, LAYERS) if name == "repeng" else range(LAYERS)
     site = Site.BLOCK_INPUT if name == "behavior" else Site.BLOCK_OUTPUT
     assert plan.edits == tuple(
-        Add(layer, rng.standard_normal(WIDTH).astype(np.float32), STRENGTH, site, Positions.ALL) for layer in layers
+        Add(layer, rng.standard_normal(WIDTH).astype(np.float32), STRENGTH, site, Positions.ALL)
+        for layer in layers
     )
     assert SteeringPlan.load(tmp_path / "plan.safetensors") == plan
 
@@ -82,7 +83,10 @@ def test_the_plan_does_what_the_package_did(
 
 
 def test_the_plan_does_what_llama_cpp_did(
-    decoder: PreTrainedModel, expected: dict[str, torch.Tensor], llama_cpp: dict[str, torch.Tensor], tmp_path: Path
+    decoder: PreTrainedModel,
+    expected: dict[str, torch.Tensor],
+    llama_cpp: dict[str, torch.Tensor],
+    tmp_path: Path,
 ) -> None:
     assert difference(llama_cpp["unsteered"], expected["unsteered"]) < HALF_CACHE_ATOL
     found = logits(decoder, read("repeng", tmp_path), expected["prompt"])
@@ -94,7 +98,9 @@ def test_the_layer_and_the_site_are_seen_in_the_logits(
     decoder: PreTrainedModel, expected: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     plan = read("behavior", tmp_path)
-    moved = [Add(edit.layer, edit.vector, edit.strength, Site.BLOCK_OUTPUT, Positions.ALL) for edit in plan.edits]
+    moved = [
+        Add(edit.layer, edit.vector, edit.strength, Site.BLOCK_OUTPUT, Positions.ALL) for edit in plan.edits
+    ]
     wrong = SteeringPlan(WIDTH, LAYERS, tuple(moved))
     assert difference(logits(decoder, wrong, expected["prompt"]), expected["behavior"]) > 0.1
 

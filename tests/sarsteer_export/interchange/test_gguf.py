@@ -18,9 +18,16 @@ from tests.sarsteer_export.interchange.written import FILES
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 TENSORS = st.dictionaries(
-    st.text(min_size=1, max_size=20), arrays(np.float32, st.integers(1, 40), elements=FLOATS), min_size=1, max_size=5
+    st.text(min_size=1, max_size=20),
+    arrays(np.float32, st.integers(1, 40), elements=FLOATS),
+    min_size=1,
+    max_size=5,
 )
-METADATA: dict[str, str | int] = {"general.architecture": "controlvector", "a.text": "größe", "a.number": 2**32 - 1}
+METADATA: dict[str, str | int] = {
+    "general.architecture": "controlvector",
+    "a.text": "größe",
+    "a.number": 2**32 - 1,
+}
 REPENG = (FILES / "repeng.gguf").read_bytes()
 
 
@@ -76,7 +83,14 @@ def test_metadata_of_every_type_is_read_past(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     found = read_gguf((tmp_path / "full.gguf").read_bytes())
-    expected = {"a.uint8": 5, "a.int64": 5, "a.float64": 0.25, "a.bool": True, "a.numbers": "[3]", "a.texts": "[2]"}
+    expected = {
+        "a.uint8": 5,
+        "a.int64": 5,
+        "a.float64": 0.25,
+        "a.bool": True,
+        "a.numbers": "[3]",
+        "a.texts": "[2]",
+    }
     assert expected.items() <= found.metadata.items()
     np.testing.assert_array_equal(found.tensors["direction.3"], np.arange(5, dtype=np.float32), strict=True)
 
@@ -103,10 +117,16 @@ def test_a_damaged_file_is_read_or_refused(place: int, damage: bytes) -> None:
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "a big-endian file"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), f"claims {2**60} tensors"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), f"claims {2**60} metadata entries"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry("a", 9, struct.pack("<IQ", 9, 1)), "array of GGUF type 9"),
+        (
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry("a", 9, struct.pack("<IQ", 9, 1)),
+            "array of GGUF type 9",
+        ),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry("abcdef", 77, b""), "GGUF type 77"),
         (gguf_bytes({"general.alignment": 48}, {}), "expected a power of two"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * entry("abcdef", 4, b"1234"), "'abcdef' stands in it twice"),
+        (
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * entry("abcdef", 4, b"1234"),
+            "'abcdef' stands in it twice",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(content: bytes, words: str) -> None:
@@ -118,5 +138,5 @@ def test_tensors_of_other_types_are_refused() -> None:
     content = bytearray(gguf_bytes({}, {"direction.1": np.zeros(4, np.float32)}))
     name = content.index(b"direction.1") + len(b"direction.1")
     content[name + 12] = 1  # float16
-    with pytest.raises(InputError, match="'direction.1' is of GGUF type 1; expected 0, float32"):
+    with pytest.raises(InputError, match=r"'direction\.1' is of GGUF type 1; expected 0, float32"):
         read_gguf(bytes(content))

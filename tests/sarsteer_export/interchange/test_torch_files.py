@@ -55,13 +55,15 @@ def test_a_stand_in_runs_no_method_of_the_class_that_it_stands_for(tmp_path: Pat
     loaded = load_without_running(tmp_path / "vector.pt", (CLASS,))
     assert type(loaded) is PickledObject
     assert loaded.extra == [1, "two"]
-    with pytest.raises(InputError, match="its pickle names steering_vectors.steering_vector.SteeringVector"):
+    with pytest.raises(InputError, match="its pickle names steering_vectors"):
         load_without_running(tmp_path / "vector.pt", ())
 
 
 def test_a_pickle_that_is_no_file_of_torch_save_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "vector.pt"
-    path.write_bytes(pickle.dumps({0: VECTOR}))  # tensors pickled so are loaded by a function that runs pickles
+    path.write_bytes(
+        pickle.dumps({0: VECTOR})
+    )  # tensors pickled so are loaded by a function that runs pickles
     with pytest.raises(InputError):
         read_source(path)
 
@@ -72,5 +74,5 @@ def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in range(4, len(whole) - 1, 97):
         path.write_bytes(whole[:size])
-        with pytest.raises(InputError, match="vector.pt: "):
+        with pytest.raises(InputError, match=r"vector\.pt: "):
             read_source(path)

@@ -91,7 +91,9 @@ def write_model(path: Path) -> None:
     for name, weight in weights.items():
         if ".q_proj." in name or ".k_proj." in name:
             weight = interleaved(weight, HEADS if ".q_proj." in name else KEY_HEADS)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(weight))
+        writer.add_tensor(
+            names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(weight)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -116,7 +118,9 @@ def logits(model: int, prompt: list[int], control: np.ndarray | None) -> np.ndar
     """Logits (1, S, V), each row from a context that has seen the prompt up to there."""
     rows = []
     for stop in range(1, len(prompt) + 1):
-        context = LIBRARY.llama_init_from_model(ctypes.c_void_p(model), LIBRARY.llama_context_default_params())
+        context = LIBRARY.llama_init_from_model(
+            ctypes.c_void_p(model), LIBRARY.llama_context_default_params()
+        )
         if control is not None:
             data = control.ctypes.data_as(ctypes.c_void_p)
             size = ctypes.c_size_t(control.size)

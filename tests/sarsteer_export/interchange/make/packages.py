@@ -8,8 +8,8 @@ In an environment of its own (steering-vectors wants transformers 4), from the r
     python tests/sarsteer_export/interchange/make/packages.py
 
 Writes `files/repeng.gguf`, `files/repeng_block_0.gguf`, `files/steering_vectors.pt`, `files/steering_vectors_bf16.pt`,
-`files/behavior.svec` and `files/expected.safetensors`: the prompt, and the logits (1, S, V) under each tool at STRENGTH;
-under `files/written.*`, which `sarsteer-export convert` wrote (`written.py`), at strength 1.
+`files/behavior.svec` and `files/expected.safetensors`: the prompt, and the logits (1, S, V) under each tool at
+STRENGTH; under `files/written.*`, which `sarsteer-export convert` wrote (`written.py`), at strength 1.
 """
 
 from __future__ import annotations
