@@ -49,9 +49,13 @@ logger = logging.getLogger(__name__)
     is_flag=True,
     help="Write edits of chosen positions to a format that adds at every one.",
 )
-@click.option("--drop-block-0", is_flag=True, help="Leave out the edits of block 0, which GGUF cannot hold.")
 @click.option(
-    "--drop-last-block", is_flag=True, help="Leave out edits behind the last block, which .svec cannot hold."
+    "--drop-block-0", is_flag=True, help="AllowedLosses out the edits of block 0, which GGUF cannot hold."
+)
+@click.option(
+    "--drop-last-block",
+    is_flag=True,
+    help="AllowedLosses out edits behind the last block, which .svec cannot hold.",
 )
 @overwrite_option
 def command(
@@ -79,15 +83,15 @@ def command(
       sarsteer-export convert activations.pth -o plan.safetensors --alpha 0.1 --lambda 1 --rank 10
       sarsteer-export convert plan.safetensors -o vector.gguf --drop-block-0 --allow-all-positions
     """
-    from sarsteer_export.interchange.convert import Wanted, convert
-    from sarsteer_export.interchange.fitting import Leave
+    from sarsteer_export.interchange.convert import ConversionSettings, convert
+    from sarsteer_export.interchange.fitting import AllowedLosses
 
-    wanted = Wanted(
+    settings = ConversionSettings(
         layers=None if layers is None else partial(parse_layers, layers),
-        leave=Leave(allow_all_positions, drop_block_0, drop_last_block),
+        losses=AllowedLosses(allow_all_positions, drop_block_0, drop_last_block),
         **given,
     )
-    result = convert(source, output, wanted, to=to, overwrite=overwrite)
+    result = convert(source, output, settings, to=to, overwrite=overwrite)
     for note in result.notes:
         logger.warning(note)
     edits = [

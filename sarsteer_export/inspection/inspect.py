@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look into a plan (`.safetensors`), an ONNX file (`.onnx`), an engine (`.engine`), a bundle (a folder) or a file that
-    `convert` reads.
-    """
+    """Look into a plan (`.safetensors`), an ONNX file, an engine, a bundle folder or a file that `convert` reads."""
     source = Path(path)
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")

@@ -36,7 +36,7 @@ class Holding:
 
 
 @dataclass(frozen=True)
-class Leave:
+class AllowedLosses:
     """What a user allows to be lost: the positions of edits; edits at either end that the format cannot hold."""
 
     all_positions: bool = False
@@ -52,14 +52,14 @@ class Fitted:
     notes: tuple[str, ...]
 
 
-def fit(plan: SteeringPlan, holding: Holding, leave: Leave) -> Fitted:
+def fit(plan: SteeringPlan, holding: Holding, allowed: AllowedLosses) -> Fitted:
     """The vectors of `plan` as `holding` holds them, strengths multiplied in.
 
     Raises `UnsupportedError` for every edit that cannot be held, all of them in one message.
     """
     notes: list[str] = []
     additions = _additions(plan, holding)
-    notes += _positions(additions, holding, leave)
+    notes += _positions(additions, holding, allowed)
     kept: dict[int, list[Add]] = defaultdict(list)
     before, behind, moved = [], [], []
     for edit in additions:
@@ -72,7 +72,7 @@ def fit(plan: SteeringPlan, holding: Holding, leave: Leave) -> Fitted:
             kept[layer].append(edit)
             if edit.site is not holding.site:
                 moved.append(edit)
-    notes += _ends(before, behind, plan, holding, leave)
+    notes += _ends(before, behind, plan, holding, allowed)
     if not kept:
         raise UnsupportedError(f"{holding.name} can hold none of the plan's {len(plan.edits)} edits")
     if moved:
@@ -99,7 +99,7 @@ def _additions(plan: SteeringPlan, holding: Holding) -> list[Add]:
     return [edit for edit in plan.edits if isinstance(edit, Add)]
 
 
-def _positions(edits: list[Add], holding: Holding, leave: Leave) -> list[str]:
+def _positions(edits: list[Add], holding: Holding, allowed: AllowedLosses) -> list[str]:
     narrow = [edit for edit in edits if edit.positions != Positions.ALL]
     if not narrow:
         return []
@@ -108,7 +108,7 @@ def _positions(edits: list[Add], holding: Holding, leave: Leave) -> list[str]:
         f"{holding.name} says nothing of positions and {holding.program} adds its vectors at every one, the whole "
         f"prompt included; {len(narrow)} edits of the plan act at {kinds}"
     )
-    if not leave.all_positions:
+    if not allowed.all_positions:
         raise UnsupportedError(
             f"{what}: that is another steering, and far stronger; --allow-all-positions writes it all the same"
         )
@@ -116,19 +116,19 @@ def _positions(edits: list[Add], holding: Holding, leave: Leave) -> list[str]:
 
 
 def _ends(
-    before: list[Add], behind: list[Add], plan: SteeringPlan, holding: Holding, leave: Leave
+    before: list[Add], behind: list[Add], plan: SteeringPlan, holding: Holding, allowed: AllowedLosses
 ) -> list[str]:
     notes = []
-    for edits, allowed, flag, reason in (
-        (before, leave.drop_block_0, "--drop-block-0", _reason_before(holding)),
+    for edits, drop, flag, reason in (
+        (before, allowed.drop_block_0, "--drop-block-0", _reason_before(holding)),
         (
             behind,
-            leave.drop_last_block,
+            allowed.drop_last_block,
             "--drop-last-block",
             f"its vectors are added to what a block reads, and no block reads what block {plan.num_layers - 1} returns",
         ),
     ):
-        if edits and not allowed:
+        if edits and not drop:
             raise UnsupportedError(
                 f"{holding.name} cannot hold {_listed(edits)}: {reason}; {flag} writes the file without"
             )

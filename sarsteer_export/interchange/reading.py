@@ -66,7 +66,8 @@ def _read(path: Path) -> Content:
                 "checkpoint of SARSteer activations"
             )
         return found
-    if start[8:9] == b"{" and not start.startswith(MAGIC):
+    header_bytes = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and header_bytes <= path.stat().st_size:  # as a safetensors file begins
         return SteeringPlan.load(path)
     if not start.startswith(MAGIC) and not start.lstrip().startswith(b"{"):
         raise InputError(f"it is of no known format; expected {KNOWN}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calibration.plan import Add, Positions, SteeringPlan
-from tests.sarsteer_export.command_line import answered, answered_json, listing, refused, sarsteer
+from tests.sarsteer_export.command_line import answered, answered_json, listing, refused, run_python, sarsteer
 from tests.sarsteer_export.interchange.test_activations import checkpoint
 from tests.sarsteer_export.interchange.written import FILES
 
@@ -165,3 +165,17 @@ def test_inspect_shows_files_of_other_tools(tmp_path: Path) -> None:
     assert told["shapes"] == {"harmful": [6, 3, 8], "refused": [6, 3, 8], "benign": [9, 3, 8]}
     told = answered_json(sarsteer("inspect", FILES / "steering_vectors.pt", "--json"))
     assert (told["kind"], list(told["norms"])) == ("vectors", ["0", "1", "2"])
+
+
+def test_vectors_are_converted_without_pytorch(tmp_path: Path) -> None:
+    code = """
+import sys
+from sarsteer_export import ConversionSettings, convert
+convert(sys.argv[1], sys.argv[2] + "/a.safetensors", ConversionSettings(num_layers=4))
+convert(sys.argv[2] + "/a.safetensors", sys.argv[2] + "/a.svec")
+assert "torch" not in sys.modules
+assert "transformers" not in sys.modules
+"""
+    result = run_python(code, FILES / "repeng.gguf", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "a.svec").is_file()

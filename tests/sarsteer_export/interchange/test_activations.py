@@ -11,7 +11,7 @@ import torch
 
 from calibration.errors import InputError
 from calibration.plan import Positions, Site
-from sarsteer_export.interchange.convert import Wanted, convert
+from sarsteer_export.interchange.convert import ConversionSettings, convert
 
 HARMFUL, BENIGN, LAYERS, WIDTH = 6, 9, 3, 8
 RTOL = 1e-4
@@ -55,7 +55,9 @@ def reference_vector(content: dict[str, Any], layer: int, rank: int, ablation: f
 
 def convert_checkpoint(content: object, folder: Path, **said: Any) -> Any:
     torch.save(content, folder / "activations.pth")
-    return convert(folder / "activations.pth", folder / "plan.safetensors", Wanted(**said), overwrite=True)
+    return convert(
+        folder / "activations.pth", folder / "plan.safetensors", ConversionSettings(**said), overwrite=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from calibration.errors import InputError, UnsupportedError
 from calibration.plan import Add, Edit, Positions, Project, Site, SteeringPlan
 from sarsteer_export.interchange import control_vector, steering_vectors, svec
-from sarsteer_export.interchange.fitting import Holding, Leave, fit
+from sarsteer_export.interchange.fitting import AllowedLosses, Holding, fit
 from sarsteer_export.interchange.vectors import LayerVectors, plan_of
 
 LAYERS, WIDTH = 6, 4
@@ -44,7 +44,9 @@ def boundary_sums(edits: tuple[Edit, ...]) -> dict[int, np.ndarray]:
 def test_a_round_trip_adds_the_same_to_every_tensor_of_the_stream(edits: list[Add], holding: Holding) -> None:
     original = plan(*edits)
     try:
-        fitted = fit(original, holding, Leave(all_positions=True, drop_block_0=True, drop_last_block=True))
+        fitted = fit(
+            original, holding, AllowedLosses(all_positions=True, drop_block_0=True, drop_last_block=True)
+        )
     except UnsupportedError as error:
         assert "can hold none" in str(error)  # noqa: PT017
         return
@@ -70,7 +72,7 @@ def test_a_round_trip_adds_the_same_to_every_tensor_of_the_stream(edits: list[Ad
 
 
 def test_one_edit_is_written_to_the_bit() -> None:
-    fitted = fit(plan(add(3, 0.1)), GGUF, Leave())
+    fitted = fit(plan(add(3, 0.1)), GGUF, AllowedLosses())
     np.testing.assert_array_equal(
         fitted.by_layer[3], np.float32(0.5) * np.full(WIDTH, 0.1, np.float32), strict=True
     )
@@ -89,13 +91,13 @@ def test_one_edit_is_written_to_the_bit() -> None:
 def test_the_ends_that_a_format_lacks(edit: Add, holding: Holding, flag: str, words: str) -> None:
     whole = plan(add(2), edit)
     with pytest.raises(UnsupportedError, match=words) as refused:
-        fit(whole, holding, Leave())
+        fit(whole, holding, AllowedLosses())
     assert f"--{flag.replace('_', '-')}" in str(refused.value)
-    fitted = fit(whole, holding, Leave(**{flag: True}))
+    fitted = fit(whole, holding, AllowedLosses(**{flag: True}))
     assert len(fitted.by_layer) == 1
     assert any("dropped" in note and words.split(":")[0] in note for note in fitted.notes)
     with pytest.raises(UnsupportedError, match="can hold none of the plan's 1 edits"):
-        fit(plan(edit), holding, Leave(**{flag: True}))
+        fit(plan(edit), holding, AllowedLosses(**{flag: True}))
 
 
 @pytest.mark.parametrize("holding", [GGUF, PICKLED, SVEC])
@@ -104,8 +106,8 @@ def test_other_positions_are_another_steering(holding: Holding) -> None:
     with pytest.raises(
         UnsupportedError, match=r"2 edits of the plan act at first:4, last: .* --allow-all-positions"
     ):
-        fit(whole, holding, Leave())
-    fitted = fit(whole, holding, Leave(all_positions=True))
+        fit(whole, holding, AllowedLosses())
+    fitted = fit(whole, holding, AllowedLosses(all_positions=True))
     assert any("what was written is another steering" in note for note in fitted.notes)
 
 
@@ -123,17 +125,17 @@ def test_what_is_no_vector_between_blocks_is_refused_whatever_is_allowed(
     with pytest.raises(
         UnsupportedError, match=f"the plan has {edit.op} at {edit.site.value} of block {edit.layer}"
     ):
-        fit(plan(add(1), edit), holding, Leave(True, True, True))
+        fit(plan(add(1), edit), holding, AllowedLosses(True, True, True))
 
 
 def test_every_edit_that_cannot_be_held_is_listed_up_to_a_number() -> None:
     edits = [Project(2, np.eye(WIDTH, 1, dtype=np.float32), strength=n) for n in range(8)]
     with pytest.raises(UnsupportedError, match=r"(project at block_output of block 2, ){5}.* and 2 more"):
-        fit(plan(*edits), GGUF, Leave())
+        fit(plan(*edits), GGUF, AllowedLosses())
 
 
 def test_edits_at_one_tensor_are_summed_and_said() -> None:
-    fitted = fit(plan(add(2, 1.0), add(3, 2.0, INPUT)), GGUF, Leave())
+    fitted = fit(plan(add(2, 1.0), add(3, 2.0, INPUT)), GGUF, AllowedLosses())
     np.testing.assert_array_equal(fitted.by_layer[2], np.full(WIDTH, 1.5, np.float32), strict=True)
     assert any("layers 2 were summed" in note for note in fitted.notes)
     assert any(
@@ -145,7 +147,7 @@ def test_edits_at_one_tensor_are_summed_and_said() -> None:
 def test_a_sum_beyond_float32_is_refused() -> None:
     huge = Add(2, np.full(WIDTH, 3e38, np.float32), positions=Positions.ALL)
     with pytest.raises(InputError, match="layer 2 sum to more than float32 holds"):
-        fit(plan(huge, huge), GGUF, Leave())
+        fit(plan(huge, huge), GGUF, AllowedLosses())
 
 
 def test_layers_count_from_the_end_too() -> None:

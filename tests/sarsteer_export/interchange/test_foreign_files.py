@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calibration.plan import Add, Positions, Site, SteeringPlan
 from calibration.steered import steered
-from sarsteer_export.interchange.convert import Wanted, convert
+from sarsteer_export.interchange.convert import ConversionSettings, convert
 from tests.foreign.checkpoints import CHECKPOINTS
 from tests.sarsteer_export.interchange.written import FILES, LAYERS, PLACES, WIDTH, plan_behind, write
 
@@ -45,7 +45,7 @@ def llama_cpp() -> dict[str, torch.Tensor]:
 
 def read(name: str, folder: Path, **said: object) -> SteeringPlan:
     path = FILES / FILE.get(name, f"{name}.pt")
-    wanted = Wanted(num_layers=LAYERS, **{"strength": STRENGTH, **said})  # type: ignore[arg-type]
+    wanted = ConversionSettings(num_layers=LAYERS, **{"strength": STRENGTH, **said})  # type: ignore[arg-type]
     return convert(path, folder / "plan.safetensors", wanted).plan
 
 
@@ -128,7 +128,9 @@ def test_a_written_file_is_what_the_tools_were_given(name: str, tmp_path: Path) 
     written = write(name, tmp_path)
     if name == "written.pt":  # torch.save writes the names and versions of today into its archive
         plans = [
-            convert(path, tmp_path / f"{number}.safetensors", Wanted(num_layers=LAYERS)).plan.edits
+            convert(
+                path, tmp_path / f"{number}.safetensors", ConversionSettings(num_layers=LAYERS)
+            ).plan.edits
             for number, path in enumerate((written, FILES / name))
         ]
         assert plans[0] == plans[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from calibration.plan import Add, Positions, Site, SteeringPlan
-from sarsteer_export.interchange.convert import Wanted, convert
+from sarsteer_export.interchange.convert import ConversionSettings, convert
 
 FILES = Path(__file__).resolve().parent / "files"
 LAYERS, WIDTH = 3, 32
@@ -37,7 +37,7 @@ def write(name: str, folder: Path) -> Path:
     """Have `convert` write the file `name` into `folder`."""
     plan = folder / "plan.safetensors"
     plan_behind(name).save(plan)
-    convert(plan, folder / name, Wanted(model_type="llama"), overwrite=True)
+    convert(plan, folder / name, ConversionSettings(model_type="llama"), overwrite=True)
     plan.unlink()
     return folder / name
 
