@@ -47,6 +47,7 @@ def test_what_is_written_is_read(tensors: dict[str, np.ndarray]) -> None:
 def test_the_bytes_are_those_of_the_gguf_package(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tensors = {f"direction.{layer}": rng.standard_normal(7).astype(np.float32) for layer in (1, 5)}
+    tensors["matrix"] = rng.standard_normal((2, 3)).astype(np.float32)
     writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "controlvector")
     writer.add_string("a.text", "größe")
     writer.add_uint32("a.number", 2**32 - 1)
@@ -56,7 +57,9 @@ def test_the_bytes_are_those_of_the_gguf_package(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert gguf_bytes(METADATA, tensors) == (tmp_path / "theirs.gguf").read_bytes()
+    theirs = (tmp_path / "theirs.gguf").read_bytes()
+    assert gguf_bytes(METADATA, tensors) == theirs
+    np.testing.assert_array_equal(read_gguf(theirs).tensors["matrix"], tensors["matrix"], strict=True)
 
 
 def test_the_gguf_package_reads_what_is_written() -> None:
