@@ -108,7 +108,7 @@ def test_other_positions_are_another_steering(holding: Holding) -> None:
     ):
         fit(whole, holding, AllowedLosses())
     fitted = fit(whole, holding, AllowedLosses(all_positions=True))
-    (note,) = fitted.notes
+    note = fitted.notes[0]
     assert "what was written is another steering" in note
     assert ("pass min_token_index=None, token_indices=[-1] to its apply" in note) == (holding is PICKLED)
 
