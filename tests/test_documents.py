@@ -24,6 +24,7 @@ DOCUMENTS = [
     "docs/engines.md",
     "docs/gpu.md",
     "docs/inspect.md",
+    "docs/interchange.md",
     "docs/parity.md",
     "docs/plan.md",
     "examples/pocket_lalm/README.md",
