@@ -133,7 +133,10 @@ def check_kinds(harmful: Sequence[SpokenRequest], benign: Sequence[SpokenRequest
     shared = _overlap(_digests(harmful), benign)
     if shared.clips:
         _refuse(
-            "requests are harmful and benign at once", shared.clips, len(benign), "take them out of one set"
+            "benign requests are clips that are harmful ones, too",
+            shared.clips,
+            len(benign),
+            "take them out of one set",
         )
     if shared.transcripts:
         _logger.warning(

@@ -94,7 +94,7 @@ class BuildResult:
     """A finished bundle, its reports as JSON, its engines, and the stages taken from an earlier build.
 
     `engine_behaviour`: behaviour on every engine that it was measured on, by the engine's label; each report holds
-    its table.
+    its table. `data`: how many requests of each kind were used, and how many skipped.
     """
 
     path: Path
@@ -105,6 +105,7 @@ class BuildResult:
     engines: tuple[EngineEntry, ...]
     engine_behaviour: dict[str, dict[str, Any]]
     reused: tuple[str, ...]
+    data: dict[str, dict[str, int]]
 
 
 def build(
@@ -122,7 +123,7 @@ def build(
     reusable = reusable_stages(target, earlier, inputs)
     if earlier is not None and "verify" in reusable:
         check_known_range(target, reusable, settings)
-        return _up_to_date(target, earlier)
+        return _up_to_date(target, earlier, inputs)
     check_output(target, overwrite=settings.overwrite)
     _check_space(target, _needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
@@ -176,6 +177,7 @@ def build(
         engines=manifest.engines,
         engine_behaviour={entry.label: _with_table(found, inputs.overlap) for entry, found in measured},
         reused=reusable,
+        data=inputs.counts,
     )
 
 
@@ -439,7 +441,7 @@ def _check_space(target: Path, needed: int) -> None:
         )
 
 
-def _up_to_date(target: Path, manifest: Manifest) -> BuildResult:
+def _up_to_date(target: Path, manifest: Manifest, inputs: BuildInputs) -> BuildResult:
     parity = json.loads((target / PARITY_REPORT).read_text(encoding="utf-8"))
     behaviour = None
     if (target / BEHAVIOUR_REPORT).is_file():
@@ -457,6 +459,7 @@ def _up_to_date(target: Path, manifest: Manifest) -> BuildResult:
             if (target / entry.behaviour).is_file()
         },
         reused=tuple(manifest.stages),
+        data=inputs.counts,
     )
 
 

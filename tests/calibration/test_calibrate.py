@@ -69,7 +69,9 @@ def test_provenance_says_what_the_plan_was_computed_from(
     versions, largest = provenance.pop("versions"), provenance.pop("largest_magnitude")
     assert versions.keys() == {"sarsteer-export", "torch", "transformers", "numpy"}
     assert versions["numpy"] == np.__version__
-    clips = [request.clip() for path in (harmful_requests, benign_requests) for request in read_requests(path)]
+    clips = [
+        request.clip() for path in (harmful_requests, benign_requests) for request in read_requests(path)
+    ]
     template = str(lalm.processor.chat_template).encode()
     assert provenance == {
         "method": "SARSteer (arXiv 2510.17633)",
