@@ -168,7 +168,7 @@ def test_a_clip_is_not_harmful_and_benign_at_once(
     tmp_path: Path, train: tuple[SpokenRequest, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(
-        InputError, match=r"1 of 2 benign requests are clips that are harmful ones, too; .*set, line 1"
+        InputError, match=r"(?s)1 of 2 benign requests are clips that are harmful ones, too; .*set, line 1"
     ):
         check_kinds(train, [request(tmp_path, 9, "x"), train[1]])
     with caplog.at_level(logging.WARNING):
