@@ -118,7 +118,7 @@ def calibration_provenance(
         "model_id": lalm.path.resolve().name,
         "model_dtype": str(lalm.model.dtype).removeprefix("torch."),
         "model_fingerprint": lalm.fingerprint,
-        "chat_template_sha256": hashlib.sha256(str(lalm.processor.chat_template).encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(str(lalm.adapter.chat_template).encode()).hexdigest(),
         "refusal_prompt": settings.refusal_prompt,
         "prompts": sorted({request.text for request in requests})[:20],
         "harmful": harmful.summary(),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from calibration.errors import InputError
-from calibration.lalm import DecoderParts, Lalm, audio_token_count, encode_requests
+from calibration.lalm import Lalm, audio_token_count, encode_requests
 from calibration.requests import SpokenRequest, check_requests, load_audio
 from calibration.token_positions import last_attended
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
+
+    from calibration.decoder_parts import DecoderParts
 
     Progress: TypeAlias = Callable[[str, int, int], None]
 

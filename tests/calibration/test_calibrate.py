@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from calibration.calibrate import REFUSAL_PROMPT, CalibrationSettings, calibrate
+from calibration.checkpoint import fingerprint
 from calibration.directions import SteeringSettings
 from calibration.errors import InputError
-from calibration.lalm import Lalm, encode_requests, fingerprint
+from calibration.lalm import Lalm, encode_requests
 from calibration.magnitudes import recorded_magnitudes
 from calibration.plan import SteeringPlan
 from calibration.requests import SpokenRequest, load_audio, read_requests, requests_digest
