@@ -136,12 +136,11 @@ class BuildInputs:
         return {kind: found.requests for kind, found in self.held_out.items()}
 
     @property
-    def counts(self) -> dict[str, dict[str, int]]:
-        """How many requests of each kind there are, and how many were skipped."""
-        held_out = {f"eval_{kind}": found for kind, found in self.held_out.items()}
+    def held_out_counts(self) -> dict[str, dict[str, int]]:
+        """How many requests of each kind were held out, and how many skipped."""
         return {
             kind: {"count": len(found.requests), "skipped": len(found.skipped)}
-            for kind, found in (self.calibration | held_out).items()
+            for kind, found in self.held_out.items()
         }
 
     def checked(self, check: Callable[[SpokenRequest], None], on_error: OnError) -> BuildInputs:

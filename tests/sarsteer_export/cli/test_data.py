@@ -98,7 +98,8 @@ def damaged(requests: Path, folder: Path) -> Path:
         "nonsense",
         *(json.dumps({"audio": f"{name}.wav", "text": TEXT}) for name in ("absent", "silent", "blip")),
     ]
-    good = [json.dumps({"audio": str(clip), "text": TEXT}) for clip in clips_of(requests)]
+    records = map(json.loads, requests.read_text().splitlines())
+    good = [json.dumps({**record, "audio": str(requests.parent / record["audio"])}) for record in records]
     mixed = [line for pair in zip(good, bad, strict=False) for line in pair] + good[len(bad) :]
     (folder / "requests.jsonl").write_text("\n".join(mixed))
     return folder / "requests.jsonl"
@@ -118,26 +119,6 @@ def test_bad_records_are_skipped_and_counted(inputs: Inputs, tmp_path: Path) -> 
     assert [line.count(" skipped: ") for line in warnings] == [1, 1, 1]  # as read, by header, by sample
     for line, words in zip(warnings, ("1 of 10 records", "1 of 9 records", "2 of 8 records"), strict=True):
         assert words in line
-
-
-def test_a_build_skips_and_counts_too(inputs: Inputs, tmp_path: Path) -> None:
-    given = list(inputs.quick_build)
-    given[given.index(inputs.harmful)] = damaged(inputs.harmful, tmp_path / "damaged")
-    result = sarsteer(*given, "-o", tmp_path / "bundle", "--on-error", "skip", "--json")
-    found = answered_json(result)
-    assert found["data"] == {"harmful": {"count": 6, "skipped": 4}, "benign": {"count": 5, "skipped": 0}}
-    assert found["parity"]["verdict"] == "passed"
-    requests = (
-        "--requests",
-        tmp_path / "damaged" / "requests.jsonl",
-        "--prompts",
-        "2",
-        "--decode-steps",
-        "1",
-    )
-    verify = ("verify", tmp_path / "bundle", "--model", inputs.model, *requests)
-    answered(sarsteer(*verify, "--on-error", "skip"))
-    refused(sarsteer(*verify), "line 2: not JSON")
 
 
 def test_nothing_left_is_an_error(inputs: Inputs, tmp_path: Path) -> None:
@@ -181,18 +162,18 @@ def test_held_out_clips_that_calibration_saw_are_refused(
     assert "calibrate" in answered(sarsteer(*build, *data))
 
 
-def test_held_out_words_that_calibration_heard_are_refused_or_said(
+def test_a_build_refuses_words_that_calibration_heard_or_says_so_and_counts_what_it_skips(
     inputs: Inputs, held_out: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    harmful = with_transcripts(inputs.harmful, tmp_path / "harmful.jsonl", said="steal")
+    heard = with_transcripts(inputs.harmful, tmp_path / "harmful.jsonl", said="steal")
     tested = with_transcripts(held_out[0], tmp_path / "tested.jsonl", said=" STEAL,")
     given = list(inputs.quick_build)
-    given[given.index(inputs.harmful)] = harmful
+    given[given.index(inputs.harmful)] = damaged(heard, tmp_path / "damaged")
     build = (*given, "--eval-harmful", tested, "--eval-benign", held_out[1], "--max-new-tokens", "2")
-    build = (*build, "-o", tmp_path / "bundle")
+    build = (*build, "-o", tmp_path / "bundle", "--on-error", "skip")
     result = sarsteer(*build)
     assert result.exit_code == 2
-    one_error(result.stderr.splitlines()[0], "2 of 4 test requests say what calibration heard")
+    assert "Error: 2 of 4 test requests say what calibration heard" in result.stderr
     (tmp_path / "build.toml").write_text('allow-overlap = "transcripts"\n')
     result = sarsteer(*build, "--config", tmp_path / "build.toml")
     assert "requests that calibration saw: 0 by clip, 2 by transcript, which was allowed" in answered(result)
@@ -200,8 +181,27 @@ def test_held_out_words_that_calibration_heard_are_refused_or_said(
     report = json.loads((tmp_path / "bundle" / BEHAVIOUR_REPORT).read_text())
     assert report["overlap"] == {"clips": 0, "transcripts": 2}
     again = answered_json(sarsteer(*build, "--allow-overlap", "transcripts", "--json"))
+    assert set(again["reused"]) == {"calibrate", "export", "verify"}
     assert again["behaviour"] == report
+    assert (again["data"]["harmful"]["count"], again["data"]["harmful"]["skipped"]) == (6, 4)
     assert again["data"]["eval_harmful"] == {"count": 2, "skipped": 0}
+
+
+def test_verify_skips_too(inputs: Inputs, bundle_path: Path, tmp_path: Path) -> None:
+    requests = ("--requests", damaged(inputs.harmful, tmp_path / "damaged"))
+    verify = (
+        "verify",
+        bundle_path,
+        "--model",
+        inputs.model,
+        *requests,
+        "--prompts",
+        "2",
+        "--decode-steps",
+        "1",
+    )
+    answered(sarsteer(*verify, "--on-error", "skip"))
+    refused(sarsteer(*verify), "line 2: not JSON")
 
 
 def test_a_plan_remembers_what_it_was_calibrated_on(
@@ -249,7 +249,7 @@ def test_options_that_cannot_be_are_refused(inputs: Inputs, tmp_path: Path) -> N
     command = ("calibrate", inputs.model, *inputs.data, "-o", tmp_path / "p")
     refused(sarsteer(*command, "--prompt", ""), "--prompt is empty")
     refused(sarsteer(*command, "--audio-column", ""), "--audio-column is empty")
-    refused(sarsteer(*command, "--text-column", "ask"), "6 of 6 records are bad")
+    assert "6 of 6 records are bad" in sarsteer(*command, "--text-column", "ask").stderr
     refused(sarsteer(*command, "--on-error", "ignore"), "'ignore' is not one of 'stop', 'skip'")
 
 
