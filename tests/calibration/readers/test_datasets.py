@@ -117,6 +117,14 @@ def test_parquet_shards_are_read_by_row_groups_and_split(
         read_requests(tmp_path)
 
 
+def test_clips_are_not_in_memory(tmp_path: Path, rows: datasets.Dataset) -> None:
+    rows.to_parquet(tmp_path / "one.parquet")
+    found = read_requests(tmp_path / "one.parquet")
+    (tmp_path / "one.parquet").unlink()
+    with pytest.raises(InputError, match=r"audio .*one\.parquet, row 2: cannot be read"):
+        found[2].clip().read_bytes()
+
+
 def test_columns_are_checked_and_the_prompt_fills_in(tmp_path: Path, rows: datasets.Dataset) -> None:
     bare = rows.select_columns(["audio"]).rename_column("audio", "wav")
     bare.save_to_disk(tmp_path / "saved")
