@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from calibration.calibrate import calibrate
 from calibration.checkpoint import parameter_count
 from calibration.errors import InputError, ParityError
-from calibration.lalm import Lalm, load_lalm
+from calibration.model_options import driven_by
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.states import check_clip
 from engines.backends import Runtime
@@ -66,6 +66,7 @@ from sarsteer_export.versions import installed_versions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from calibration.lalm import Lalm
     from calibration.states import Progress
 
 
@@ -126,7 +127,7 @@ def build(
     check_output(target, overwrite=settings.overwrite)
     _check_space(target, _needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
-        lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
+        lalm = settings.loading.load(inputs.model, device=settings.device, dtype=settings.dtype)
         inputs = inputs.checked(lambda request: check_clip(lalm, request), settings.calibration.data.on_error)
         check_prompts_fit(lalm, inputs, settings)
         _write_frontend(lalm, folder)
@@ -267,6 +268,7 @@ def describe(
 ) -> Manifest:
     """The manifest of a bundle folder, before it was proven."""
     config: Any = lalm.model.config
+    driven = driven_by(lalm)
     generation: Any = lalm.model.generation_config
     end = generation.eos_token_id
     graphs = {}
@@ -282,11 +284,12 @@ def describe(
             "class": type(lalm.model).__name__,
             "fingerprint": lalm.fingerprint,
             "dtype": str(lalm.model.dtype).removeprefix("torch."),
+            **({} if driven is None else {"driven_by": driven}),
         },
         tokens={
             "audio": int(config.audio_token_id),
             "end": [end] if isinstance(end, int) else list(end or []),
-            "pad": lalm.processor.tokenizer.pad_token_id,
+            "pad": lalm.tokenizer.pad_token_id,
         },
         graphs=graphs,
         plan_sha256=plan.digest(),

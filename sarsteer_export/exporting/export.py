@@ -17,7 +17,8 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from calibration.decoder_parts import find_decoder
 from calibration.errors import InputError, UnsupportedError
-from calibration.lalm import Lalm, load_lalm
+from calibration.lalm import Lalm
+from calibration.model_options import ModelOptions
 from graph_passes.plan_names import FINGERPRINT_KEY
 from sarsteer_export.bundle.manifest import MANIFEST
 from sarsteer_export.exporting.components import AudioEncoderComponent, DecoderComponent, EmbedTokensComponent
@@ -63,6 +64,7 @@ def export(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    loading: ModelOptions | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportedComponents:
@@ -74,7 +76,11 @@ def export(
     target = check_output(output, overwrite=overwrite)
     if (target / MANIFEST).exists():
         raise InputError(f"{target}: is a bundle; an export does not replace one, name another output")
-    lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
+    lalm = (
+        model
+        if isinstance(model, Lalm)
+        else (loading or ModelOptions()).load(model, device=device, dtype=dtype)
+    )
     with staged_directory(target, overwrite=overwrite) as folder:
         components = ExportedComponents.within(folder)
         steps: list[Callable[[], None]] = [
