@@ -124,8 +124,7 @@ def encode_requests(
 
 def audio_token_count(lalm: Lalm, clip: NDArray[np.float32]) -> int:
     """How many audio embeddings the model makes of a clip (samples,), by its processor's own count."""
-    ids = encode_requests(lalm, [""], [clip])["input_ids"]
-    return int((ids == torch.tensor(lalm.adapter.audio_token_id)).sum())
+    return lalm.adapter.audio_token_count(clip)
 
 
 def _usable_device(device: str) -> torch.device:

@@ -14,9 +14,10 @@ import torch
 import transformers
 
 from calibration.architecture import Checkpoint, model_class
-from calibration.decoder_parts import DecoderParts, PartNames, find_decoder
+from calibration.decoder_parts import DecoderParts, PartNames, find_decoder, named_module
 from calibration.errors import InputError, UnsupportedError
 from calibration.processor import load_processor
+from calibration.remote_code import own_code
 from calibration.token_positions import position_ids
 
 if TYPE_CHECKING:
@@ -67,13 +68,14 @@ class ModelAdapter:
             local_files_only=True,
             output_loading_info=True,
             use_safetensors=True,
+            **({"trust_remote_code": True} if checkpoint.runs_own_code else {}),
         )
         return model, loading
 
     @classmethod
     def load_processor(cls, checkpoint: Checkpoint) -> Any:
         """The processor of a LALM; the tokenizer of a text-only model."""
-        if checkpoint.hears:
+        if checkpoint.hears or "AutoProcessor" in own_code(checkpoint.config):
             return load_processor(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
         loader: Any = transformers.AutoTokenizer
         return loader.from_pretrained(
@@ -101,6 +103,14 @@ class ModelAdapter:
         return find_decoder(self.model, self.names)
 
     @cached_property
+    def embed_tokens(self) -> nn.Module:
+        """The embedding of tokens in front of the decoder."""
+        if self.names is not None and self.names.embed_tokens is not None:
+            return named_module(self.model, self.names.embed_tokens)
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return embedding
+
+    @cached_property
     def audio_parts(self) -> AudioParts | None:
         """The audio encoder and its projector, or None for a text-only model.
 
@@ -109,6 +119,10 @@ class ModelAdapter:
         """
         if self.audio_token_id is None:
             return None
+        if self.names is not None and self.names.audio_encoder is not None:
+            encoder = named_module(self.model, self.names.audio_encoder)
+            projector = self.names.projector and named_module(self.model, self.names.projector)
+            return AudioParts(encoder, projector or None, self.audio_token_id)
         for owner in self.model.modules():
             children = list(owner.children())
             encoders = [child for child in children if self._is_audio_encoder(child)]
@@ -216,7 +230,9 @@ class ModelAdapter:
             if isinstance(message["content"], str):
                 return message["content"]
             parts = message["content"]
-            return "".join(self.audio_token if part["type"] == "audio" else part["text"] for part in parts)
+            return "".join(
+                str(self.audio_token) if part["type"] == "audio" else part["text"] for part in parts
+            )
 
         return [message | {"content": content(message)} for message in turn]
 
@@ -295,6 +311,19 @@ class ModelAdapter:
         embeds_BSD = self.decoder_inputs(inputs)["inputs_embeds"]
         found: torch.Tensor = embeds_BSD[inputs["input_ids"] == self.audio_token_id]
         return found
+
+    def audio_token_count(self, clip: NDArray[np.float32]) -> int:
+        """How many audio embeddings the model makes of a clip (samples,), by its processor's own count."""
+        ids = self.encode([""], [clip])["input_ids"]
+        return int((ids == torch.tensor(self.audio_token_id)).sum())
+
+    def generate(self, inputs: Mapping[str, torch.Tensor], **settings: Any) -> torch.Tensor:
+        """The tokens that the model writes behind what `encode` made, int64 (B, S); `settings` are `generate`'s."""
+        told = {
+            name: value for name, value in inputs.items() if name != "position_ids"
+        }  # it counts them itself
+        tokens_BS: torch.Tensor = self.model.generate(**told, **settings)
+        return tokens_BS[:, inputs["input_ids"].shape[1] :]
 
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """Logits (B, S, V) of what the decoder returns."""

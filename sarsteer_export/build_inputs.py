@@ -16,6 +16,7 @@ from calibration.checkpoint import (
     read_config,
 )
 from calibration.errors import InputError, UnsupportedError
+from calibration.model_options import ModelOptions
 from calibration.overlap import AllowedOverlap, Overlap, check_disjoint, check_kinds, check_unseen
 from calibration.plan import PositionKind, SteeringPlan, check_plan_fits
 from calibration.records import check_audio_file
@@ -66,8 +67,8 @@ class BuildSettings:
 
     `plan`: a ready plan file; calibration is then skipped, and `harmful` and `benign` serve parity alone.
     `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none. `allow_overlap`: what
-    they may share with the calibration set. `engine`: what to build beside the ONNX graphs. `allow_overflow`: build
-    even where calibration saw values that float16 cannot square.
+    they may share with the calibration set. `engine`: what to build beside the ONNX graphs. `loading`: how the model
+    is loaded and driven. `allow_overflow`: build even where calibration saw values that float16 cannot square.
     """
 
     harmful: Path
@@ -83,6 +84,7 @@ class BuildSettings:
     allow_overflow: bool = False
     max_new_tokens: int = 32
     keep_unsteered: bool = True
+    loading: ModelOptions = field(default_factory=ModelOptions)
     device: str = "cpu"
     dtype: str = "float32"
     force: bool = False
@@ -152,7 +154,7 @@ def engine_stage(backend: str) -> str:
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     """Read and check what a build starts from, as far as that goes without loading the model."""
     config = read_config(model)
-    hears = hears_audio(config)
+    hears = hears_audio(config) or settings.loading != ModelOptions()  # else its adapter, or its own code, says it
     identity = fingerprint(model)
     chosen = settings.calibration
     if not hears:  # its requests are texts alone
@@ -173,7 +175,13 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         check_benign_count(benign, settings.benign)
         check_kinds(harmful, benign)
         overlap = check_disjoint((*harmful, *benign), tested, settings.allow_overlap)
-    common = [identity, processor_digest(model), settings.dtype, installed_versions(*PACKAGES)]
+    common: list[Any] = [
+        identity,
+        processor_digest(model),
+        settings.loading.identity(model),
+        settings.dtype,
+        installed_versions(*PACKAGES),
+    ]
     magnitudes: Any = None
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)

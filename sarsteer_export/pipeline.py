@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from calibration.calibrate import calibrate
 from calibration.checkpoint import parameter_count
 from calibration.errors import InputError, ParityError, UnsupportedError
-from calibration.lalm import Lalm, load_lalm
+from calibration.model_options import driven_by
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.states import check_clip
 from engines.backends import Runtime
@@ -66,6 +66,7 @@ from sarsteer_export.versions import installed_versions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from calibration.lalm import Lalm
     from calibration.overlap import Overlap
     from calibration.states import Progress
 
@@ -126,7 +127,7 @@ def build(
     check_output(target, overwrite=settings.overwrite)
     _check_space(target, _needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
-        lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
+        lalm = settings.loading.load(inputs.model, device=settings.device, dtype=settings.dtype)
         inputs = inputs.checked(lambda request: check_clip(lalm, request), settings.calibration.data.on_error)
         check_prompts_fit(lalm, inputs, settings)
         write_frontend(lalm, folder)
@@ -280,6 +281,7 @@ def describe(
     missing: dict[str, str],
 ) -> Manifest:
     """The manifest of a bundle folder, before it was proven; `missing`: what is not in it, with reasons."""
+    driven = driven_by(lalm)
     generation: Any = lalm.model.generation_config
     end = generation.eos_token_id
     graphs = {}
@@ -300,6 +302,7 @@ def describe(
             FRONTEND: frontend_of(lalm),
             "adapter": lalm.adapter_type.__name__,
             "missing": missing,
+            **({} if driven is None else {"driven_by": driven}),
         },
         tokens={
             "audio": lalm.adapter.audio_token_id,

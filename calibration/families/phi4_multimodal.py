@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     import torch
 
-AUDIO_INPUTS = ("audio_input_features", "audio_embed_sizes", "audio_attention_mask")
-
 
 class Phi4Multimodal(ClipByClip):
     """Clips are encoded one by one, as the model was given them in training."""
@@ -21,10 +19,11 @@ class Phi4Multimodal(ClipByClip):
     unmasked: ClassVar[str | None] = "audio_input_features"
 
     def decoder_inputs(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """What the decoder is called with once audio is merged, which this decoder does itself."""
+        """What the decoder is called with, audio merged: here it does that itself, so it is told the result."""
+        reached = super().decoder_inputs(inputs)
         decoder: Any = self.parts.decoder
-        ids = inputs["input_ids"]
-        audio = {name: inputs[name] for name in AUDIO_INPUTS if name in inputs}
-        merged = decoder.embed_tokens_extend(ids, decoder.embed_tokens(ids), **audio)
-        rest = {name: value for name, value in inputs.items() if name not in (*AUDIO_INPUTS, "input_ids")}
-        return {**rest, "inputs_embeds": merged}
+        ids_BS = reached.pop("input_ids")
+        seen = {name: reached.pop(name) for name in list(reached) if name.startswith(("audio_", "image_"))}
+        embeds_BSD = decoder.embed_tokens(ids_BS)
+        merged_BSD = decoder.embed_tokens_extend(ids_BS, embeds_BSD, **seen)
+        return reached | {"inputs_embeds": merged_BSD}

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
 
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
-from sarsteer_export.cli.options import FOLDER, device_options, overwrite_option
+from sarsteer_export.cli.options import (
+    FOLDER,
+    chosen_model_options,
+    device_options,
+    model_options,
+    overwrite_option,
+)
 
 
 @click.command("export", cls=Command)
 @click.argument("model", type=FOLDER)
 @click.option("--output", "-o", type=FOLDER, required=True, help="Folder to write.")
 @device_options
+@model_options
 @overwrite_option
-def command(model: Path, output: Path, device: str, dtype: str, overwrite: bool, as_json: bool) -> None:
+def command(
+    model: Path, output: Path, device: str, dtype: str, overwrite: bool, as_json: bool, **given: Any
+) -> None:
     """Export the checkpoint directory MODEL to ONNX, unsteered: decoder, audio encoder, token embedding.
 
     A text-only model has no audio encoder; one that cannot be traced is left out, and the reason is said.
@@ -30,7 +40,15 @@ def command(model: Path, output: Path, device: str, dtype: str, overwrite: bool,
 
     check_output(output, overwrite=overwrite)
     quiet_transformers()
-    components = export(model, output, device=device, dtype=dtype, overwrite=overwrite, progress=Progress())
+    components = export(
+        model,
+        output,
+        device=device,
+        dtype=dtype,
+        loading=chosen_model_options(given),
+        overwrite=overwrite,
+        progress=Progress(),
+    )
     written = {
         field.name: str(path)
         for field in dataclasses.fields(components)

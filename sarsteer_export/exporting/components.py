@@ -71,14 +71,16 @@ class EmbedTokensComponent(nn.Module):
     def __init__(self, source: PreTrainedModel | ModelAdapter) -> None:
         super().__init__()
         adapter = _adapter_of(source)
-        accessors: Any = adapter.model
-        self.embedding = accessors.get_input_embeddings()
+        self.embedding: Any = adapter.embed_tokens
         self.config = adapter.model.config
         decoder: Any = adapter.parts.decoder
         self.per_layer = decoder if per_layer_width(decoder) else None
-        audio, rows = adapter.audio_token_id, self.embedding.weight.shape[0]
+        audio = adapter.audio_token_id
         # Models embed something else in the place of a clip: its token may have no row of its own.
-        self.replaced = audio if audio is not None and (self.per_layer is not None or audio >= rows) else None
+        outside = audio is not None and (
+            self.per_layer is not None or audio >= self.embedding.weight.shape[0]
+        )
+        self.replaced = audio if outside else None
         padding = getattr(getattr(decoder, "config", None), "pad_token_id", None)
         self.replacement = padding if isinstance(padding, int) else 0
 

@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from calibration.errors import InputError, UnsupportedError
-from calibration.lalm import Lalm, load_lalm
+from calibration.lalm import Lalm
+from calibration.model_options import ModelOptions
 from graph_passes.attention import PER_LAYER_INPUTS
 from sarsteer_export.bundle.manifest import MANIFEST
 from sarsteer_export.exporting.audio_encoder import (
@@ -72,6 +73,7 @@ def export(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    loading: ModelOptions | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportedComponents:
@@ -84,7 +86,11 @@ def export(
     target = check_output(output, overwrite=overwrite)
     if (target / MANIFEST).exists():
         raise InputError(f"{target}: is a bundle; an export does not replace one, name another output")
-    lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
+    lalm = (
+        model
+        if isinstance(model, Lalm)
+        else (loading or ModelOptions()).load(model, device=device, dtype=dtype)
+    )
     missing: dict[str, str] = {}
     with staged_directory(target, overwrite=overwrite) as folder:
         components = ExportedComponents.within(folder)

@@ -34,7 +34,9 @@ def save_audio_flamingo(folder: Path, *, seed: int = 0) -> Path:
     tokenizer = _tokenizer()
     config = AudioFlamingo3Config(**_config(tokenizer))
     save(AudioFlamingo3ForConditionalGeneration, config, tokenizer, folder, seed=seed)
-    AudioFlamingo3Processor(_extractor(), tokenizer, TEMPLATE, max_audio_len=MAX_SECONDS).save_pretrained(folder)
+    AudioFlamingo3Processor(_extractor(), tokenizer, TEMPLATE, max_audio_len=MAX_SECONDS).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -48,7 +50,9 @@ def save_music_flamingo(folder: Path, *, seed: int = 0) -> Path:
         audio_eos_token_id=token("<|sound_eos|>"),
     )
     save(MusicFlamingoForConditionalGeneration, config, tokenizer, folder, seed=seed)
-    MusicFlamingoProcessor(_extractor(), tokenizer, TEMPLATE, max_audio_len=MAX_SECONDS).save_pretrained(folder)
+    MusicFlamingoProcessor(_extractor(), tokenizer, TEMPLATE, max_audio_len=MAX_SECONDS).save_pretrained(
+        folder
+    )
     return folder
 
 

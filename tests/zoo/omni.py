@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     PreTrainedTokenizerFast,
+    Qwen2_5OmniConfig,
+    Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniProcessor,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen3OmniMoeConfig,
+    Qwen3OmniMoeForConditionalGeneration,
     Qwen3OmniMoeProcessor,
     Qwen3OmniMoeThinkerConfig,
     Qwen3OmniMoeThinkerForConditionalGeneration,
@@ -98,6 +104,7 @@ def qwen2_5_thinker(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniThinkerCon
         video_token_index=token("<|VIDEO|>"),
         audio_start_token_id=token("<|audio_bos|>"),
         audio_end_token_id=token("<|audio_eos|>"),
+        vision_start_token_id=token("<|vision_bos|>"),
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -113,6 +120,7 @@ def qwen3_thinker(tokenizer: PreTrainedTokenizerFast) -> Qwen3OmniMoeThinkerConf
         image_token_id=token("<|IMAGE|>"),
         video_token_id=token("<|VIDEO|>"),
         audio_start_token_id=token("<|audio_bos|>"),
+        vision_start_token_id=token("<|vision_bos|>"),
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -122,3 +130,28 @@ def _save_processor(folder: Path, kind: Any, tokenizer: PreTrainedTokenizerFast)
     processor = audio_only(kind)(LeftOut(), LeftOut(), extractor, tokenizer, chat_template=TEMPLATE)
     processor.save_pretrained(folder)
     declare(folder, image_processor="Qwen2VLImageProcessor", video_processor="Qwen2VLVideoProcessor")
+
+
+def save_whole_qwen2_5(folder: Path, *, seed: int = 0) -> Path:
+    """Qwen2.5-Omni as it is published: the thinker, and something of a talker beside it."""
+    tokenizer = tokenizer_of_omni()
+    config = Qwen2_5OmniConfig(thinker_config=qwen2_5_thinker(tokenizer).to_dict(), enable_audio_output=False)
+    save(Qwen2_5OmniForConditionalGeneration, config, tokenizer, folder, seed=seed)
+    _add_talker(folder)
+    _save_processor(folder, Qwen2_5OmniProcessor, tokenizer)
+    return folder
+
+
+def save_whole_qwen3(folder: Path, *, seed: int = 0) -> Path:
+    """Qwen3-Omni as it is published: the thinker, and something of a talker beside it."""
+    tokenizer = tokenizer_of_omni()
+    config = Qwen3OmniMoeConfig(thinker_config=qwen3_thinker(tokenizer).to_dict(), enable_audio_output=False)
+    save(Qwen3OmniMoeForConditionalGeneration, config, tokenizer, folder, seed=seed)
+    _add_talker(folder)
+    _save_processor(folder, Qwen3OmniMoeProcessor, tokenizer)
+    return folder
+
+
+def _add_talker(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {"talker.model.norm.weight": torch.ones(4)}, path, {"format": "pt"})
