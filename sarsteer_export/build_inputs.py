@@ -162,8 +162,9 @@ def engine_stage(backend: str) -> str:
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     """Read and check what a build starts from, as far as that goes without loading the model."""
     config = read_config(model)
-    # What an adapter of the user's drives hears, unless it says otherwise once it is loaded.
-    hears = hears_audio(config) or settings.loading.adapter is not None
+    hears = (
+        hears_audio(config) or settings.loading != ModelOptions()
+    )  # else its adapter, or its own code, says it
     identity = fingerprint(model)
     chosen = settings.calibration
     if not hears:  # its requests are texts alone

@@ -71,16 +71,15 @@ class EmbedTokensComponent(nn.Module):
     def __init__(self, source: PreTrainedModel | ModelAdapter) -> None:
         super().__init__()
         adapter = _adapter_of(source)
-        self.embedding: Any = adapter.embed_tokens
+        embedding: Any = adapter.embed_tokens
+        self.embedding = embedding
         self.config = adapter.model.config
         decoder: Any = adapter.parts.decoder
         self.per_layer = decoder if per_layer_width(decoder) else None
         audio = adapter.audio_token_id
+        rows = int(embedding.weight.shape[0])
         # Models embed something else in the place of a clip: its token may have no row of its own.
-        outside = audio is not None and (
-            self.per_layer is not None or audio >= self.embedding.weight.shape[0]
-        )
-        self.replaced = audio if outside else None
+        self.replaced = audio if audio is not None and (self.per_layer is not None or audio >= rows) else None
         padding = getattr(getattr(decoder, "config", None), "pad_token_id", None)
         self.replacement = padding if isinstance(padding, int) else 0
 
