@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from calibration.errors import InputError, UnsupportedError
+from calibration.not_supported import why_not_supported
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,6 +95,8 @@ def _decoder_of(model: nn.Module) -> nn.Module:
         raise UnsupportedError(
             f"{type(model).__name__} is not a transformers model; name its decoder's parts"
         )
+    if (reason := why_not_supported(getattr(model.config, "model_type", None))) is not None:
+        raise UnsupportedError(f"{type(model).__name__}: {reason}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError(
             f"{type(model).__name__}: no decoder found; its decoder attends to an encoder's states, expected "

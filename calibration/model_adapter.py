@@ -142,8 +142,8 @@ class ModelAdapter:
 
     @property
     def hears(self) -> bool:
-        """Whether the model takes audio."""
-        return self.feature_extractor is not None
+        """Whether the model takes audio: it has an encoder for it, and a processor that extracts features."""
+        return self.feature_extractor is not None and self.audio_token_id is not None
 
     @property
     def tokenizer(self) -> Any:
@@ -177,6 +177,10 @@ class ModelAdapter:
     def audio_token_id(self) -> int | None:
         """The id of the token that stands for one audio embedding, or None for a text-only model."""
         config = self.model.config
+        if (
+            getattr(config, "audio_config", config) is None
+        ):  # a model of a family that hears, made without ears
+            return None
         for owner in (config, getattr(config, "audio_config", None)):
             for name in ("audio_token_id", "audio_token_index"):
                 if (token_id := getattr(owner, name, None)) is not None:
@@ -211,6 +215,15 @@ class ModelAdapter:
             if (template := getattr(owner, "chat_template", None)) is not None:
                 return str(template)
         return None
+
+    @cached_property
+    def _placeholders(self) -> dict[str, str]:
+        """Tokens that a text must not hold, and what each stands for."""
+        named = {"a clip": self.audio_token} | {
+            what: getattr(self.processor, f"{kind}_token", None)
+            for kind, what in (("image", "a picture"), ("video", "a video"))
+        }
+        return {token: what for what, token in named.items() if isinstance(token, str) and token}
 
     # ------------------------------------------------------------------------------------------------- inputs
 
@@ -286,9 +299,9 @@ class ModelAdapter:
         """
         if audios is not None and not self.hears:
             raise InputError(f"{type(self.model).__name__} takes no audio; expected requests without audio")
-        token = self.audio_token
-        if token is not None and any(token in text for text in texts):
-            raise InputError(f"a text holds {token}, which stands for a clip; remove it")
+        for token, what in self._placeholders.items():
+            if any(token in text for text in texts):
+                raise InputError(f"a text holds {token}, which stands for {what}; remove it")
         inputs = {
             name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
             for name, value in self.process(texts, audios).items()

@@ -137,6 +137,14 @@ class BuildInputs:
         """The requests that were held out, by kind; none where behaviour is not measured."""
         return {kind: found.requests for kind, found in self.held_out.items()}
 
+    @property
+    def held_out_counts(self) -> dict[str, dict[str, int]]:
+        """How many requests of each kind were held out, and how many skipped."""
+        return {
+            kind: {"count": len(found.requests), "skipped": len(found.skipped)}
+            for kind, found in self.held_out.items()
+        }
+
     def checked(self, check: Callable[[SpokenRequest], None], on_error: OnError) -> BuildInputs:
         """The same without the requests that `check` refuses, as `RequestSet.checked` has it."""
         calibration, held_out = (
@@ -154,8 +162,9 @@ def engine_stage(backend: str) -> str:
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     """Read and check what a build starts from, as far as that goes without loading the model."""
     config = read_config(model)
-    # What an adapter of the user's drives hears, unless it says otherwise once it is loaded.
-    hears = hears_audio(config) or settings.loading.adapter is not None
+    hears = (
+        hears_audio(config) or settings.loading != ModelOptions()
+    )  # else its adapter, or its own code, says it
     identity = fingerprint(model)
     chosen = settings.calibration
     if not hears:  # its requests are texts alone

@@ -80,6 +80,10 @@ def test_text_that_stands_for_audio_is_refused(family_lalm: Lalm) -> None:
         return
     with pytest.raises(InputError, match="which stands for a clip; remove it"):
         encode_requests(family_lalm, [f"a {family_lalm.adapter.audio_token} b"], None)
+    for kind, what in (("image", "picture"), ("video", "video")):
+        if (token := getattr(family_lalm.processor, f"{kind}_token", None)) is not None:
+            with pytest.raises(InputError, match=f"which stands for a {what}; remove it"):
+                encode_requests(family_lalm, [f"a {token} b"], None)
 
 
 def test_a_batch_is_padded_on_the_left_with_one_token_for_each_audio_embedding(family_lalm: Lalm) -> None:
