@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from calibration.model_adapter import ModelAdapter
-from calibration.token_positions import position_ids
+from sarsteer_export import ModelAdapter
 
 
 class KimiAudio(ModelAdapter):
@@ -152,6 +151,11 @@ class KimiAudio(ModelAdapter):
         finally:
             handle.remove()
         return seen[0][0]
+
+
+def position_ids(mask_BT: torch.Tensor) -> torch.Tensor:
+    """Positions (B, T) counted over attended tokens."""
+    return (mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 class TextStream(nn.Module):
