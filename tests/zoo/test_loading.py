@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint import fingerprint
 from calibration.decoder_parts import find_decoder
-from calibration.errors import InputError
+from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, audio_token_count, encode_requests, load_lalm
 from calibration.plan import Add, Positions, SteeringPlan
 from calibration.states import last_position_states
@@ -38,6 +38,13 @@ def test_a_family_loads_from_its_directory(
     assert family_lalm.hears == family.hears
     assert family_lalm.fingerprint == fingerprint(family_checkpoint)
     assert not family_lalm.model.training
+
+
+def test_a_family_runs_in_half_precision(family_checkpoint: Path) -> None:
+    lalm = load_lalm(family_checkpoint, dtype="bfloat16")
+    inputs = encode_requests(lalm, TEXTS, clips(lalm, *SECONDS))
+    assert {value.dtype for value in inputs.values() if value.is_floating_point()} <= {torch.bfloat16}
+    assert np.isfinite(last_position_states(lalm, TEXTS, clips(lalm, *SECONDS))).all()
 
 
 def test_the_parts_of_its_decoder_are_found(family_lalm: Lalm) -> None:
@@ -254,4 +261,18 @@ def test_a_thinker_without_all_its_weights_is_refused(tmp_path: Path) -> None:
     del stored["thinker.model.layers.1.mlp.up_proj.weight"]
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"weights missing or of another shape: .*layers\.1\.mlp\.up_proj"):
+        load_lalm(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------- what is missing
+
+
+def test_voxtral_without_its_tokenizers_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "voxtral", "audio_config": {}}))
+    monkeypatch.setattr("calibration.families.voxtral.find_spec", lambda _: None)
+    with pytest.raises(
+        UnsupportedError, match=r"needs the package mistral-common; .*sarsteer-export\[voxtral\]"
+    ):
         load_lalm(tmp_path)
