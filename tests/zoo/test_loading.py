@@ -19,7 +19,7 @@ from calibration.states import last_position_states
 from calibration.steered import steered
 from calibration.token_positions import last_attended
 from tests.conftest import random_vector
-from tests.zoo import omni
+from tests.zoo import omni, voxtral
 from tests.zoo.conftest import clips
 from tests.zoo.families import Family
 
@@ -264,7 +264,21 @@ def test_a_thinker_without_all_its_weights_is_refused(tmp_path: Path) -> None:
         load_lalm(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------- what is missing
+# ----------------------------------------------------------------------------------------------------- Voxtral
+
+
+def test_voxtral_hears_every_bit_of_a_clip_and_silence_behind_it(tmp_path: Path) -> None:
+    lalm = load_lalm(voxtral.save_checkpoint(tmp_path))
+    ((clip,), text) = clips(lalm, 0.7), "respond."
+    inputs = encode_requests(lalm, [text], [clip])
+    window = np.pad(clip, (0, 30 * lalm.sampling_rate - clip.size))
+    wanted = lalm.processor.feature_extractor(window, sampling_rate=lalm.sampling_rate, return_tensors="pt")
+    np.testing.assert_array_equal(inputs["input_features"], wanted["input_features"])
+    ids = inputs["input_ids"][0].tolist()
+    heard = [token for token in ids if token == voxtral.AUDIO_TOKEN_ID]
+    assert len(heard) == 30 * 12.5
+    prompt = "<s>[INST][BEGIN_AUDIO]" + "[AUDIO]" * len(heard) + text + "[/INST]"
+    assert lalm.tokenizer.decode(ids) == prompt
 
 
 def test_voxtral_without_its_tokenizers_package_says_what_to_install(
