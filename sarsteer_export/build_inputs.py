@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.calibrate import CalibrationSettings, calibration_set
 from calibration.checkpoint import (
-    check_audio_language_model,
     fingerprint,
+    hears_audio,
     processor_digest,
     read_config,
 )
@@ -35,7 +35,7 @@ from sarsteer_export.behaviour import Judge
 from sarsteer_export.bundle_engines import check_engines
 from sarsteer_export.engine_build import EngineSettings
 from sarsteer_export.exporting.contract import cache_input_names
-from sarsteer_export.exporting.export import OPSET
+from sarsteer_export.exporting.tracing import OPSET
 from sarsteer_export.parity_run import ParitySettings
 from sarsteer_export.range_guard import PROVENANCE_KEY
 from sarsteer_export.versions import installed_versions
@@ -162,10 +162,13 @@ def engine_stage(backend: str) -> str:
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     """Read and check what a build starts from, as far as that goes without loading the model."""
     config = read_config(model)
-    if settings.loading == ModelOptions():
-        check_audio_language_model(model, config)  # else its adapter, or its own code, says whether it hears
+    hears = (
+        hears_audio(config) or settings.loading != ModelOptions()
+    )  # else its adapter, or its own code, says it
     identity = fingerprint(model)
     chosen = settings.calibration
+    if not hears:  # its requests are texts alone
+        chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, require_audio=False))
     calibration_sets = {
         kind: calibration_set(data, chosen)
         for kind, data in (("harmful", settings.harmful), ("benign", settings.benign))

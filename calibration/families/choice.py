@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from calibration.families.gemma4 import Gemma4
-from calibration.families.glmasr import GlmAsr
 from calibration.families.granite_speech import GraniteSpeech
 from calibration.families.phi4_multimodal import Phi4Multimodal
 from calibration.families.qwen3_asr import Qwen3Asr
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 ADAPTERS: tuple[type[ModelAdapter], ...] = (
     Gemma4,
-    GlmAsr,
     GraniteSpeech,
     Phi4Multimodal,
     Qwen3Asr,

@@ -28,12 +28,14 @@ class KimiAudio(ModelAdapter):
 
     @classmethod
     def load_model(cls, checkpoint: Any) -> tuple[Any, dict[str, Any]]:
+        """By the checkpoint's own code, which `--trust-remote-code` lets run."""
         model, loading = super().load_model(checkpoint)
         model.model.mimo_layers = nn.ModuleList()
         return model, loading
 
     @classmethod
     def load_processor(cls, checkpoint: Any) -> Any:
+        """What makes prompts: text tokenizer, speech tokenizer and Whisper encoder in one."""
         from kimia_infer.api.prompt_manager import KimiAPromptManager
 
         return KimiAPromptManager(str(checkpoint.folder), checkpoint.config["kimia_token_offset"])
@@ -50,6 +52,7 @@ class KimiAudio(ModelAdapter):
 
     @property
     def tokenizer(self) -> Any:
+        """The tokenizer of text."""
         return self.processor.text_tokenizer
 
     @property
@@ -73,6 +76,7 @@ class KimiAudio(ModelAdapter):
         return {"inputs_embeds": embeds_BSD, "attention_mask": mask_BS, "position_ids": position_ids(mask_BS)}
 
     def audio_token_count(self, clip: Any) -> int:
+        """How many positions hold the clip."""
         return sum(self._prompt("", clip).is_continuous_mask)
 
     def logits(self, hidden: Any) -> torch.Tensor:
@@ -148,8 +152,9 @@ class TextStream(nn.Module):
         self.embedding, self.blank = embedding, blank
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Text, and silence beside it."""
         return self.embedding(input_ids) + self.embedding(torch.full_like(input_ids, self.blank))
 
 
-class _FirstBlockReached(Exception):
+class _FirstBlockReached(Exception):  # noqa: N818 - ends a pass, is no error
     pass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,9 +17,6 @@ from sarsteer_export.cli.options import (
     overwrite_option,
 )
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 @click.command("export", cls=Command)
 @click.argument("model", type=FOLDER)
@@ -30,6 +28,8 @@ def command(
     model: Path, output: Path, device: str, dtype: str, overwrite: bool, as_json: bool, **given: Any
 ) -> None:
     """Export the checkpoint directory MODEL to ONNX, unsteered: decoder, audio encoder, token embedding.
+
+    A text-only model has no audio encoder; one that cannot be traced is left out, and the reason is said.
 
     \b
     Example:
@@ -49,5 +49,11 @@ def command(
         overwrite=overwrite,
         progress=Progress(),
     )
-    paths = {name: str(path) for name, path in dataclasses.asdict(components).items()}
-    emit(paths, "\n".join(f"{name:14} {path}" for name, path in paths.items()), as_json=as_json)
+    written = {
+        field.name: str(path)
+        for field in dataclasses.fields(components)
+        if isinstance(path := getattr(components, field.name), Path) and path.exists()
+    }
+    lines = [f"{name:14} {path}" for name, path in written.items()]
+    lines += [f"{name:14} not exported: {reason}" for name, reason in components.missing.items()]
+    emit({**written, "missing": components.missing}, "\n".join(lines), as_json=as_json)

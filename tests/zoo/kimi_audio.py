@@ -94,7 +94,7 @@ class KimiAPromptManager:
     def __init__(self, model_path: str, kimia_token_offset: int) -> None:
         from transformers import AutoTokenizer
 
-        self.text_tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self.text_tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=True)
         self.kimia_token_offset = kimia_token_offset
         token = self.text_tokenizer.convert_tokens_to_ids
         self.extra_tokens = SimpleNamespace(kimia_text_blank=token(BLANK), kimia_text_eos=token(EOS))
