@@ -281,6 +281,13 @@ def test_voxtral_hears_every_bit_of_a_clip_and_silence_behind_it(tmp_path: Path)
     assert lalm.tokenizer.decode(ids) == prompt
 
 
+def test_a_model_that_hears_and_has_no_chat_template_is_refused(tmp_path: Path) -> None:
+    omni.save_qwen2_5(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="ThinkerForConditionalGeneration has no chat template; expected"):
+        load_lalm(tmp_path)
+
+
 def test_voxtral_without_its_tokenizers_package_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
