@@ -283,8 +283,6 @@ def describe(
 ) -> Manifest:
     """The manifest of a bundle folder, before it was proven; `missing`: what is not in it, with reasons."""
     driven = driven_by(lalm)
-    generation: Any = lalm.model.generation_config
-    end = generation.eos_token_id
     graphs = {}
     for file in COMPONENTS.values():
         if not (folder / file).exists():
@@ -307,8 +305,8 @@ def describe(
         },
         tokens={
             "audio": lalm.adapter.audio_token_id,
-            "end": [end] if isinstance(end, int) else list(end or []),
-            "pad": lalm.tokenizer.pad_token_id,
+            "end": list(lalm.adapter.end_token_ids),
+            "pad": lalm.adapter.pad_token_id,
         },
         graphs=graphs,
         plan_sha256=plan.digest(),
