@@ -22,10 +22,11 @@ import torch
 from transformers import DynamicCache
 
 from calibration.errors import EngineError, SarsteerError
-from calibration.lalm import load_lalm, position_ids
+from calibration.lalm import load_lalm
 from calibration.plan import Add, SteeringPlan
 from calibration.requests import read_requests
 from calibration.steered import steered
+from calibration.token_positions import position_ids
 from engines.backends import CPU_BACKEND, Runtime
 from engines.limits import limits_for
 from engines.opening import open_decoder, open_graph
@@ -233,7 +234,7 @@ def greedy_on_eager(lalm: Lalm, plan: SteeringPlan, prompts: Prompts, count: int
     accessors: Any = lalm.model
     embedding, device, cache = accessors.get_input_embeddings(), lalm.model.device, DynamicCache()
     component, rows = DecoderComponent(lalm.model), []
-    with torch.inference_mode(), steered(lalm.model, plan):
+    with torch.inference_mode(), steered(lalm.parts, plan):
         embeds = as_tensor(prompts.embeds).to(device)
         mask = as_tensor(prompts.mask).to(device)
         for number in range(count):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BLOCK_BYTES = 1 << 22
+AUDIO_KEYS = ("audio_config", "audio_token_id", "audio_token_index")
+"""What the configuration of a model that hears holds: its encoder, or the token that stands for audio."""
 PROCESSOR_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
@@ -53,12 +55,42 @@ def processor_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def listening_part(config: dict[str, Any]) -> str | None:
+    """The key of the part of a composite configuration that has the audio encoder; None where there is one part.
+
+    A talking model (Qwen-Omni) is a thinker, which hears and writes, and a talker, which speaks what it wrote.
+    """
+    if any(key in config for key in AUDIO_KEYS):
+        return None
+    parts = [key for key, value in config.items() if isinstance(value, dict) and "audio_config" in value]
+    return parts[0] if len(parts) == 1 else None
+
+
+def hears_audio(config: dict[str, Any]) -> bool:
+    """Whether a configuration names an audio encoder, or a token that stands for audio."""
+    return any(key in config for key in AUDIO_KEYS) or listening_part(config) is not None
+
+
 def check_audio_language_model(folder: Path, config: dict[str, Any]) -> None:
     """Raise `InputError` when a configuration names no audio encoder."""
-    if "audio_config" not in config:
-        names = config.get("architectures")
-        name = names[0] if isinstance(names, list) and names else "the model"
-        raise InputError(f"model {folder}: {name} has no audio encoder; expected an audio-language model")
+    if not hears_audio(config):
+        raise InputError(
+            f"model {folder}: {_architecture_name(config)} has no audio encoder; expected an audio-language model"
+        )
+
+
+def check_language_model(folder: Path, config: dict[str, Any], *, causal: bool) -> None:
+    """Raise `InputError` when a configuration is neither of an audio-language model nor of a causal one."""
+    if not causal and not hears_audio(config):
+        raise InputError(
+            f"model {folder}: {_architecture_name(config)} has no audio encoder and is no causal language model; "
+            "expected an audio-language model or a text-only one"
+        )
+
+
+def _architecture_name(config: dict[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "the model"
 
 
 def parameter_count(folder: Path) -> int:

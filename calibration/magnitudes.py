@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from calibration.errors import InputError, UnsupportedError
-from calibration.lalm import DecoderParts, Lalm, encode_requests
+from calibration.lalm import Lalm, encode_requests
 from calibration.states import hidden_of, load_clips
 from calibration.steered import steered
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from calibration.decoder_parts import DecoderParts
     from calibration.plan import SteeringPlan
     from calibration.requests import SpokenRequest
     from calibration.states import Progress
@@ -117,7 +118,7 @@ def steered_magnitudes(
 
     Raises `InputError` when the steered stream overflows the model's dtype.
     """
-    with steered(lalm.model, plan), recorded_magnitudes(lalm.parts) as record, torch.inference_mode():
+    with steered(lalm.parts, plan), recorded_magnitudes(lalm.parts) as record, torch.inference_mode():
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
             texts = [request.text for request in batch]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from calibration.decoder_parts import DecoderParts, find_decoder
 from calibration.errors import InputError, UnsupportedError
-from calibration.lalm import DecoderParts, find_decoder
 from calibration.plan import Add, Edit, Positions, Site, SteeringPlan, check_plan_fits
 from calibration.states import hidden_of
 from calibration.token_positions import selected
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def steered(
-    model: torch.nn.Module,
+    model: torch.nn.Module | DecoderParts,
     plan: SteeringPlan,
     *,
     strength: torch.Tensor | None = None,
@@ -33,12 +33,13 @@ def steered(
 ) -> Iterator[None]:
     """Within the block, every forward pass of `model` is steered by `plan`; afterwards it is as before.
 
+    `model`: a transformers model, or the parts of one (`Lalm.parts`), whatever names them.
     Acts in prefill and in every decode step, `generate` included. `strength`: factors of the plan's strengths,
     per row (B,) or per row and edit (B, E); a row whose factor is 0 is left as it is. `prompt_lengths`: attended
     prompt tokens per row (B,); by default a pass without past is the whole prompt. Raises `InputError` when the
     plan is for a decoder of another width or depth.
     """
-    parts = find_decoder(model)
+    parts = model if isinstance(model, DecoderParts) else find_decoder(model)
     check_plan_fits(plan, hidden_size=parts.hidden_size, num_layers=len(parts.blocks))
     if strength is not None and (
         strength.ndim not in (1, 2) or strength.shape[1:] not in ((), (len(plan.edits),))

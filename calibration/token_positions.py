@@ -1,4 +1,4 @@
-"""Which positions of a forward pass are selected, in PyTorch: the eager half of `calibration/positions.py`.
+"""Positions of a forward pass, and which are selected, in PyTorch: the eager half of `calibration/positions.py`.
 
 Dimensions: B batch, S sequence of this forward pass, T past and present.
 """
@@ -13,6 +13,11 @@ from calibration.positions import PositionKind, Positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+def position_ids(attention_mask_BT: torch.Tensor) -> torch.Tensor:
+    """Positions (B, T) counted over attended tokens only; 0 at padding before the first of them."""
+    return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def last_attended(attention_mask_BT: torch.Tensor, sequence: int) -> torch.Tensor:

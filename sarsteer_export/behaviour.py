@@ -188,7 +188,7 @@ def eager_answers(
     inputs = encode_requests(lalm, [request.text for request in requests], clips)
     inputs.pop("position_ids")  # `generate` counts positions itself, over attended tokens
     model: Any = lalm.model
-    with torch.inference_mode(), steered(lalm.model, plan) if plan is not None else nullcontext():
+    with torch.inference_mode(), steered(lalm.parts, plan) if plan is not None else nullcontext():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answers: list[str] = lalm.processor.tokenizer.batch_decode(
         tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from calibration.lalm import DecoderParts, Lalm, encode_requests, position_ids
+from calibration.lalm import Lalm, encode_requests
 from calibration.states import load_clips
 from calibration.steered import steered
+from calibration.token_positions import position_ids
 from engines.parity import Pair
 from engines.torch_arrays import as_tensor, to_host
 from engines.trace import LOGITS, Script, Trace
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from calibration.decoder_parts import DecoderParts
     from calibration.plan import SteeringPlan
     from calibration.requests import SpokenRequest
     from graph_passes.residual_stream import ResidualStream
@@ -174,7 +176,7 @@ class _EagerDecoder:
 
     def __enter__(self) -> _EagerDecoder:
         self._stack.enter_context(
-            steered(self._lalm.model, self._plan) if self._plan is not None else nullcontext()
+            steered(self._lalm.parts, self._plan) if self._plan is not None else nullcontext()
         )
         # Entered after the steering hooks, so that it sees what they made of the stream.
         self._stream = self._stack.enter_context(_recorded_stream(self._lalm.parts))

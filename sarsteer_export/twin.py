@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
-from calibration.lalm import find_decoder
+from calibration.decoder_parts import find_decoder
 from calibration.plan import Add, Edit, SteeringPlan
 from engines.backends import CPU_BACKEND
 from graph_passes.float32_twin import write_float32_twins

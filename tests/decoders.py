@@ -21,7 +21,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-from calibration.lalm import Lalm, find_decoder
+from calibration.decoder_parts import find_decoder
+from calibration.lalm import Lalm
 from tests import tiny_lalm
 
 BATCH, PAST, SEQUENCE = 2, 3, 4

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from calibration.decoder_parts import find_decoder
 from calibration.errors import UnsupportedError
-from calibration.lalm import find_decoder
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel

@@ -15,8 +15,9 @@ from transformers import DynamicCache
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
+from calibration.decoder_parts import find_decoder
 from calibration.errors import InputError, UnsupportedError
-from calibration.lalm import Lalm, find_decoder, load_lalm
+from calibration.lalm import Lalm, load_lalm
 from graph_passes.plan_names import FINGERPRINT_KEY
 from sarsteer_export.bundle.manifest import MANIFEST
 from sarsteer_export.exporting.components import AudioEncoderComponent, DecoderComponent, EmbedTokensComponent

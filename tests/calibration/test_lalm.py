@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 
+from calibration.checkpoint import fingerprint
+from calibration.decoder_parts import find_decoder
 from calibration.errors import InputError, UnsupportedError
-from calibration.lalm import Lalm, encode_requests, find_decoder, fingerprint, load_lalm, position_ids
+from calibration.lalm import Lalm, encode_requests, load_lalm
 from calibration.requests import load_audio, read_requests
+from calibration.token_positions import position_ids
 from tests import tiny_lalm
 
 
@@ -153,9 +156,15 @@ def tiny_text_model() -> Qwen2ForCausalLM:
     )
 
 
-def test_a_text_model_is_refused(tmp_path: Path) -> None:
+def test_a_text_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     tiny_text_model().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="Qwen2ForCausalLM has no audio encoder"):
+    with pytest.raises(InputError, match="Qwen2ForCausalLM has no audio encoder and no chat template"):
+        load_lalm(tmp_path)
+
+
+def test_a_model_that_writes_no_text_is_refused(tmp_path: Path) -> None:
+    tiny_text_model().model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="Qwen2Model has no audio encoder and is no causal language model"):
         load_lalm(tmp_path)
 
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from calibration.errors import InputError, UnsupportedError
-from calibration.lalm import Lalm, encode_requests, load_lalm, position_ids
+from calibration.lalm import Lalm, encode_requests, load_lalm
 from calibration.plan import Add, Edit, Positions, Project, Site, SteeringPlan
 from calibration.requests import load_audio, read_requests
 from calibration.states import recorded_block_outputs
 from calibration.steered import steered
+from calibration.token_positions import position_ids
 from tests import tiny_lalm
 from tests.conftest import SITES, one_edit, padded, plan_of, random_basis, random_vector
 from tests.decoders import no_past, run_eager

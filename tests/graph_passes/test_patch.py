@@ -18,9 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from calibration.errors import InputError, SiteNotFoundError, UnsupportedError
-from calibration.lalm import position_ids
 from calibration.plan import Add, Edit, Positions, Project, Site, SteeringPlan
 from calibration.steered import steered
+from calibration.token_positions import position_ids
 from graph_passes.names import STEERED_PREFIX, UNSTEERED_PREFIX
 from graph_passes.onnx_file import read_graph, write_graph
 from graph_passes.patch import PatchResult, patch_model

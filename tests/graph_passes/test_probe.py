@@ -6,10 +6,11 @@ import numpy as np
 import onnx
 import torch
 
-from calibration.lalm import find_decoder, position_ids
+from calibration.decoder_parts import find_decoder
 from calibration.plan import Add, Positions
 from calibration.states import recorded_block_outputs
 from calibration.steered import steered
+from calibration.token_positions import position_ids
 from graph_passes.patch import patch_model
 from graph_passes.probe import expose_block_outputs
 from graph_passes.residual_stream import find_residual_stream

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graph_passes.refit
 from calibration.errors import InputError
-from calibration.lalm import position_ids
 from calibration.plan import Add, Edit, Positions, Site, SteeringPlan
+from calibration.token_positions import position_ids
 from graph_passes.checks import GraphDamagedError
 from graph_passes.names import edit_of
 from graph_passes.patch import patch_model

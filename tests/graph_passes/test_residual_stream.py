@@ -110,7 +110,7 @@ def test_the_stream_of_the_tiny_decoder_is_the_models(any_decoder: TinyDecoder) 
 
 
 def find_parts(decoder: TinyDecoder) -> Any:
-    from calibration.lalm import find_decoder
+    from calibration.decoder_parts import find_decoder
 
     return find_decoder(decoder.model)
 

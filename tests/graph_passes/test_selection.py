@@ -16,9 +16,9 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from calibration.errors import InputError, UnsupportedError
-from calibration.lalm import position_ids
 from calibration.plan import Edit, Positions, Site, SteeringPlan
 from calibration.steered import steered
+from calibration.token_positions import position_ids
 from graph_passes.patch import patch_model
 from graph_passes.selection import (
     POSITIONS_INPUT,

@@ -1,0 +1,78 @@
+"""Which class of transformers a checkpoint directory is loaded with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from transformers.models.auto import modeling_auto
+
+from calibration.checkpoint import check_language_model, hears_audio, listening_part
+from calibration.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory about to be loaded: its `config.json` as JSON, and how to load it."""
+
+    folder: Path
+    config: dict[str, Any]
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+
+    @property
+    def hears(self) -> bool:
+        """Whether the configuration names an audio encoder."""
+        return hears_audio(self.config)
+
+    @property
+    def model_type(self) -> str | None:
+        """`model_type` of the configuration."""
+        return self.config.get("model_type")
+
+    @cached_property
+    def listening_config(self) -> Any | None:
+        """The configuration of the model that listens and writes, where it is a part of a larger one."""
+        part = listening_part(self.config)
+        if part is None:
+            return None
+        whole = transformers.AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        return getattr(whole, part)
+
+
+def model_class(checkpoint: Checkpoint) -> Any:
+    """The class to load a checkpoint with: the one it names, or that of its listening part.
+
+    Raises `InputError` when transformers has no such class, or it is no language model.
+    """
+    if checkpoint.listening_config is not None:
+        return _class_of_part(checkpoint)
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    architecture = getattr(transformers, name, None) if name else None
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+        raise InputError(
+            f"model {checkpoint.folder}: config.json names the architecture {name!r}, which transformers "
+            f"{transformers.__version__} does not have"
+        )
+    causal = architecture.__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    check_language_model(checkpoint.folder, checkpoint.config, causal=causal)
+    return architecture
+
+
+def _class_of_part(checkpoint: Checkpoint) -> Any:
+    kind: Any = type(checkpoint.listening_config)
+    try:
+        return modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING[kind]
+    except KeyError:
+        raise InputError(
+            f"model {checkpoint.folder}: transformers {transformers.__version__} has no model that listens and "
+            f"writes for its {kind.__name__}"
+        ) from None

@@ -1,0 +1,1 @@
+"""Families of LALMs that are driven otherwise than their classes' accessors say."""

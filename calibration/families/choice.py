@@ -1,0 +1,21 @@
+"""Which adapter drives which checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from calibration.model_adapter import ModelAdapter
+
+if TYPE_CHECKING:
+    from calibration.architecture import Checkpoint
+
+ADAPTERS: tuple[type[ModelAdapter], ...] = ()
+"""Adapters of families that need their own; every other model is driven by `ModelAdapter`."""
+
+
+def adapter_for(checkpoint: Checkpoint) -> type[ModelAdapter]:
+    """The adapter of a checkpoint's family, by `model_type`; the default where the family needs none."""
+    for adapter in ADAPTERS:
+        if checkpoint.model_type in adapter.model_types:
+            return adapter
+    return ModelAdapter
