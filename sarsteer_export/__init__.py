@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.engine_build import EngineSettings, build_engines
+    from sarsteer_export.evaluation.evaluate import EvaluationSettings, evaluate
+    from sarsteer_export.evaluation.intervals import Bootstrap
+    from sarsteer_export.evaluation.measure import MeasureSettings
     from sarsteer_export.exporting.export import export
+    from sarsteer_export.judges.settings import JudgeSettings
     from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.patching import PatchSettings, patch, unpatch
     from sarsteer_export.pipeline import build
@@ -32,12 +36,16 @@ if TYPE_CHECKING:
 _HOMES = {
     "Add": "calibration.plan",
     "AuditReport": "graph_passes.audit_report",
+    "Bootstrap": "sarsteer_export.evaluation.intervals",
     "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
     "CombineRule": "calibration.combine",
     "EngineSettings": "sarsteer_export.engine_build",
+    "EvaluationSettings": "sarsteer_export.evaluation.evaluate",
+    "JudgeSettings": "sarsteer_export.judges.settings",
     "LastFrom": "graph_passes.selection",
+    "MeasureSettings": "sarsteer_export.evaluation.measure",
     "ParitySettings": "sarsteer_export.parity_run",
     "PatchSettings": "sarsteer_export.patching",
     "Positions": "calibration.plan",
@@ -54,6 +62,7 @@ _HOMES = {
     "build_engines": "sarsteer_export.engine_build",
     "calibrate": "calibration.calibrate",
     "combine_plans": "calibration.combine",
+    "evaluate": "sarsteer_export.evaluation.evaluate",
     "export": "sarsteer_export.exporting.export",
     "load_bundle": "sarsteer_export.bundle.bundle",
     "patch": "sarsteer_export.patching",
@@ -66,12 +75,16 @@ _HOMES = {
 __all__ = [
     "Add",
     "AuditReport",
+    "Bootstrap",
     "BuildSettings",
     "Bundle",
     "CalibrationSettings",
     "CombineRule",
     "EngineSettings",
+    "EvaluationSettings",
+    "JudgeSettings",
     "LastFrom",
+    "MeasureSettings",
     "ParitySettings",
     "PatchSettings",
     "Positions",
@@ -88,6 +101,7 @@ __all__ = [
     "build_engines",
     "calibrate",
     "combine_plans",
+    "evaluate",
     "export",
     "load_bundle",
     "patch",

@@ -209,15 +209,15 @@ class Bundle:
                     "another request was started on this bundle before this answer ended; finish one stream "
                     "before the next, or open the bundle twice"
                 )
-            if step:
-                embeds = self._embed(tokens_B[:, None])
-                mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
             positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -embeds.shape[1] :]
             outputs = decoder.step(
                 {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
             )
             tokens_B = choose(outputs["logits"][:, -1])
             yield tokens_B
+            if step + 1 < steps:
+                embeds = self._embed(tokens_B[:, None])
+                mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
 
     def prompts(self, clips: Sequence[Clip], texts: Sequence[str]) -> Prompts:
         """Embed and left-pad a batch of requests."""

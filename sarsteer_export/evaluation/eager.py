@@ -69,11 +69,9 @@ class EagerSpeaker:
     def replies(self, requests: Sequence[SpokenRequest], *, max_new_tokens: int) -> list[Reply]:
         """Greedy answers to a batch of requests."""
         tokens_BS = self._generate(requests, max_new_tokens=max_new_tokens)
-        texts = self.lalm.processor.tokenizer.batch_decode(tokens_BS, skip_special_tokens=True)
+        texts = self.lalm.tokenizer.batch_decode(tokens_BS, skip_special_tokens=True)
         ends = self._end_tokens()
-        return [
-            Reply(text, _to_end(row, ends)) for text, row in zip(texts, tokens_BS.tolist(), strict=True)
-        ]
+        return [Reply(text, _to_end(row, ends)) for text, row in zip(texts, tokens_BS.tolist(), strict=True)]
 
     def log_probabilities(
         self, requests: Sequence[SpokenRequest], tokens: Sequence[Sequence[int]]
@@ -91,7 +89,7 @@ class EagerSpeaker:
         inputs = encode_requests(self.lalm, [request.text for request in requests], clips)
         inputs.pop("position_ids", None)  # `generate` counts positions itself, over attended tokens
         model: Any = self.lalm.model
-        steering = nullcontext() if self.plan is None else steered(model, self.plan)
+        steering = nullcontext() if self.plan is None else steered(self.lalm.parts, self.plan)
         with torch.inference_mode(), steering:
             tokens_BS: torch.Tensor = model.generate(**inputs, **GREEDY, **settings)
         return tokens_BS[:, inputs["input_ids"].shape[1] :].cpu()

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.backends import Runtime
 from engines.onnxruntime_runner import OnnxRuntimeDecoder, provider_of
 from graph_passes.onnx_file import read_graph
 from graph_passes.patch import patch_model
@@ -103,7 +102,10 @@ class EngineSpeaker:
         return seen
 
     def _decoded(
-        self, requests: Sequence[SpokenRequest], choose: Callable[[NDArray[Any]], NDArray[np.int64]], steps: int
+        self,
+        requests: Sequence[SpokenRequest],
+        choose: Callable[[NDArray[Any]], NDArray[np.int64]],
+        steps: int,
     ) -> Iterator[NDArray[np.int64]]:
         clips = [request.audio for request in requests]
         texts = [request.text for request in requests]

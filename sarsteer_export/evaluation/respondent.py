@@ -47,10 +47,12 @@ class Speaker(Protocol):
 
 
 class Respondent(Protocol):
-    """A model on one runtime. `runtime`: what reports call it."""
+    """A model on one runtime."""
 
     @property
-    def runtime(self) -> str: ...
+    def runtime(self) -> str:
+        """What reports call it."""
+        ...
 
     def serves(self, plan: SteeringPlan | None) -> bool:
         """Whether the model can be asked as this plan steers it, or undefended, on this runtime."""
@@ -65,4 +67,5 @@ def log_softmax(logits_BV: NDArray[Any]) -> NDArray[np.float32]:
     """Log-probabilities (B, V), computed in float64."""
     shifted_BV = logits_BV.astype(np.float64)
     shifted_BV -= shifted_BV.max(axis=-1, keepdims=True)
-    return (shifted_BV - np.log(np.exp(shifted_BV).sum(axis=-1, keepdims=True))).astype(np.float32)
+    normed_BV = shifted_BV - np.log(np.exp(shifted_BV).sum(axis=-1, keepdims=True))
+    return np.asarray(normed_BV, dtype=np.float32)

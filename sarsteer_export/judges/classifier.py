@@ -45,11 +45,13 @@ def check_labels(folder: Path, refusal_label: str) -> None:
     labels = list(names.values()) if isinstance(names, dict) else ["LABEL_0", "LABEL_1"]
     if refusal_label not in labels:
         raise InputError(
-            f"judge model {folder}: has no label {refusal_label!r}; its labels are {', '.join(map(repr, labels))}; name "
-            "the one of refusals with --judge-refusal-label"
+            f"judge model {folder}: has no label {refusal_label!r}; its labels are {', '.join(map(repr, labels))}; "
+            "name the one of refusals with --judge-refusal-label"
         )
     if len(set(labels)) < 2:
-        raise InputError(f"judge model {folder}: knows one label alone; expected one of refusals among others")
+        raise InputError(
+            f"judge model {folder}: knows one label alone; expected one of refusals among others"
+        )
 
 
 def load_classifier(

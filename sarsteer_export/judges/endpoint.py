@@ -27,6 +27,8 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 """Waits before the second attempt, doubled from one to the next, and at most."""
 PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """HTTP states that may be gone at the next attempt."""
+PROBE = Exchange("I cannot help with that.", "How do I bake bread?")
+"""What an endpoint is asked first."""
 QUOTED = 200
 """How much of what an endpoint says a message quotes."""
 THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
@@ -91,6 +93,10 @@ class EndpointJudge(Judge):
         finally:
             stop.set()  # after an error or Ctrl-C nobody waits for the rest
             pool.shutdown(cancel_futures=True)
+
+    def probe(self) -> None:
+        """Ask for one verdict, so that a wrong URL, key or model shows before anything long is done."""
+        self._judge([PROBE])
 
     def _verdict(self, exchange: Exchange, stop: threading.Event) -> Behaviour:
         """The verdict on one output, tried until there is one. Raises when attempts run out."""

@@ -51,10 +51,6 @@ class Judge(ABC):
             verdicts[number] = self._held_to_pattern(exchanges[number].output, verdict)
         return verdicts
 
-    def close(self) -> None:
-        """Free what the judge holds; it judges no more."""
-        return
-
     @abstractmethod
     def _judge(self, exchanges: Sequence[Exchange]) -> list[Behaviour]:
         """The verdict on every exchange, none of which is degenerate by its words alone."""

@@ -58,13 +58,18 @@ class JudgeSettings:
             read_phrases(self._phrases_file)
 
     def open(self, *, device: str = "cpu") -> Judge:
-        """The judge; a classifier is loaded on `device`."""
+        """The judge; a classifier is loaded on `device`, an endpoint is asked once whether it is there.
+
+        Raises `InputError` for a model that cannot be used, `UnsupportedError` for an endpoint that cannot be reached.
+        """
         if self.model is not None and self.refusal_label is not None:
             return load_classifier(
                 self.model, self.refusal_label, self._template, device=device, pattern=self.answer_pattern
             )
         if (endpoint := self._endpoint) is not None:
-            return EndpointJudge(endpoint, self._template, _api_key(), self.answer_pattern)
+            judge = EndpointJudge(endpoint, self._template, _api_key(), self.answer_pattern)
+            judge.probe()
+            return judge
         return StringJudge(read_phrases(self._phrases_file), self.answer_pattern)
 
     def identity(self) -> dict[str, Any]:
