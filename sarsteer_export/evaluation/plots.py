@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from sarsteer_export.evaluation.intervals import Estimate
     from sarsteer_export.evaluation.report import Row
 
-WIDTH_INCHES, ROW_INCHES, HEAD_INCHES = 9.0, 0.42, 1.6
+WIDTH_INCHES, ROW_INCHES, HEAD_INCHES = 9.0, 0.5, 1.6
 DRAWN = (("attack_success", "harmful: attack success"), ("benign_answered", "benign: answered"))
-SPREAD = 0.3
-"""How far the rows of one system on several runtimes stand apart, in rows."""
+SPREAD = 0.55
+"""How far apart the outermost figures of one system stand, in lines."""
 STYLE = """
 svg{color:#1f2328;--rule:#d0d7de;--fail:#cf222e;--series-1:#0969da;--series-2:#bc4c00;--series-3:#1a7f37;--series-4:#8250df}
 @media (prefers-color-scheme: dark) {
@@ -51,23 +51,24 @@ def evaluation_svg(rows: Sequence[Row]) -> str:
 
 
 def _draw_rates(axes: Axes, rows: Sequence[Row], systems: Sequence[str], runtimes: Sequence[str]) -> None:
+    """A line per system; figures and runtimes stand beside one another in it, for they often coincide."""
+    lines = len(DRAWN) * len(runtimes)
     for number, (name, label) in enumerate(DRAWN):
         for order, runtime in enumerate(runtimes):
             drawn = [row for row in rows if row.runtime == runtime]
-            heights = [
-                systems.index(row.system) + SPREAD * (order - (len(runtimes) - 1) / 2) for row in drawn
-            ]
+            place = SPREAD * ((number * len(runtimes) + order) / (lines - 1) - 0.5)
             axes.errorbar(
                 [row.figures[name].value for row in drawn],
-                heights,
+                [systems.index(row.system) + place for row in drawn],
                 xerr=_arms([row.figures[name] for row in drawn]),
                 linestyle="none",
                 marker=MARKERS[order % len(MARKERS)],
+                markersize=5,
                 color=SERIES[number],
                 capsize=3,
                 label=f"{label} ({runtime})",
             )
-    axes.set_yticks(range(len(systems)), systems)
+    axes.set_yticks(range(len(systems)), [f"{name}  {number}" for number, name in enumerate(systems, 1)])
     axes.set_ylim(len(systems) - 0.5, -0.5)
     axes.set_xlim(-0.03, 1.03)
     axes.set_xlabel("share of requests, with intervals")
@@ -76,7 +77,7 @@ def _draw_rates(axes: Axes, rows: Sequence[Row], systems: Sequence[str], runtime
 
 
 def _draw_damage(axes: Axes, rows: Sequence[Row], systems: Sequence[str], runtimes: Sequence[str]) -> None:
-    """Damage against attack success; systems are named by their number from the top."""
+    """Damage against attack success; systems are named by their numbers."""
     for order, runtime in enumerate(runtimes):
         drawn = [row for row in rows if row.runtime == runtime and _has_damage(row)]
         axes.errorbar(
@@ -86,6 +87,7 @@ def _draw_damage(axes: Axes, rows: Sequence[Row], systems: Sequence[str], runtim
             yerr=_arms([row.figures["attack_success"] for row in drawn]),
             linestyle="none",
             marker=MARKERS[order % len(MARKERS)],
+            markersize=8 - 3 * order,  # they often coincide
             color=SERIES[2 + order % 2],
             capsize=3,
         )
