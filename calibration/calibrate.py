@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.checkpoint import hears_audio, read_config
 from calibration.directions import SteeringSettings, largest_rank, steering_plan
 from calibration.errors import InputError
 from calibration.lalm import Lalm, load_lalm
@@ -17,8 +19,6 @@ from calibration.requests import RequestSet, check_benign_count, read_request_se
 from calibration.states import check_clip, collect_states
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from calibration.plan import SteeringPlan
     from calibration.states import Progress
 
@@ -67,7 +67,8 @@ def calibrate(
     settings = settings or CalibrationSettings()
     if not settings.refusal_prompt:
         raise InputError("the refusal prompt is empty; without it there is no refusal direction")
-    harmful_set, benign_set = (calibration_set(data, settings) for data in (harmful, benign))
+    hears = model.hears if isinstance(model, Lalm) else hears_audio(read_config(Path(model)))
+    harmful_set, benign_set = (calibration_set(data, settings, hears=hears) for data in (harmful, benign))
     check_benign_count(benign_set.requests, benign_set.source)
     check_kinds(harmful_set.requests, benign_set.requests)
     lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
@@ -95,11 +96,17 @@ def calibrate(
     return replace(plan, provenance={**plan.provenance, "largest_magnitude": largest})
 
 
-def calibration_set(data: str | Path | RequestSet, settings: CalibrationSettings) -> RequestSet:
-    """The requests to calibrate on, of which every clip is there and has a header that can be read."""
+def calibration_set(
+    data: str | Path | RequestSet, settings: CalibrationSettings, *, hears: bool = True
+) -> RequestSet:
+    """The requests to calibrate on, of which every clip is there and has a header that can be read.
+
+    `hears`: whether the model takes audio; where it does not, records are text alone.
+    """
     if isinstance(data, RequestSet):
         return data
-    found = read_request_set(data, limit=settings.limit, seed=settings.seed, settings=settings.data)
+    how = replace(settings.data, require_audio=hears)
+    found = read_request_set(data, limit=settings.limit, seed=settings.seed, settings=how)
     return found.checked(check_audio_file, settings.data.on_error)
 
 

@@ -93,6 +93,11 @@ def load_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> list[NDArray[np
     ]
 
 
+def heard_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> list[NDArray[np.float32]] | None:
+    """The clips as `encode_requests` takes them: None for a model that hears nothing."""
+    return load_clips(lalm, requests) if lalm.hears else None
+
+
 def check_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> None:
     """Read every clip once and drop it, so that bad ones are found before the model has worked for an hour.
 
@@ -102,7 +107,14 @@ def check_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> None:
 
 
 def check_clip(lalm: Lalm, request: SpokenRequest) -> None:
-    """Raise `InputError` naming a clip that cannot be read or is too short or too long for the model."""
+    """Raise `InputError` naming a clip that cannot be read or is too short or too long for the model.
+
+    A model that hears takes no text alone, and one that does not no clips.
+    """
+    if not lalm.hears:
+        if request.audio is not None:
+            raise InputError(f"{request}: the model hears no audio; expected a record of text alone")
+        return
     (clip,) = load_clips(lalm, [request])
     if clip.size < MAYBE_SHORT_SECONDS * lalm.sampling_rate:
         tokens = audio_token_count(lalm, clip)
@@ -131,7 +143,7 @@ def collect_states(
         batches = []
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
-            audios = load_clips(lalm, batch)
+            audios = heard_clips(lalm, batch)
             batches.append(last_position_states(lalm, [request.text + suffix for request in batch], audios))
             if progress is not None:
                 progress(stage, start + len(batch), len(requests))

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from sarsteer_export.evaluation.intervals import Bootstrap
     from sarsteer_export.evaluation.measure import MeasureSettings
     from sarsteer_export.exporting.export import export
+<<<<<<< HEAD
     from sarsteer_export.judges.settings import JudgeSettings
+=======
+    from sarsteer_export.interchange.convert import ConversionSettings, convert
+    from sarsteer_export.interchange.fitting import AllowedLosses
+>>>>>>> main
     from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.patching import PatchSettings, patch, unpatch
     from sarsteer_export.pipeline import build
@@ -35,12 +40,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Add": "calibration.plan",
+    "AllowedLosses": "sarsteer_export.interchange.fitting",
     "AuditReport": "graph_passes.audit_report",
     "Bootstrap": "sarsteer_export.evaluation.intervals",
     "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
     "CombineRule": "calibration.combine",
+    "ConversionSettings": "sarsteer_export.interchange.convert",
     "EngineSettings": "sarsteer_export.engine_build",
     "EvaluationSettings": "sarsteer_export.evaluation.evaluate",
     "JudgeSettings": "sarsteer_export.judges.settings",
@@ -62,7 +69,11 @@ _HOMES = {
     "build_engines": "sarsteer_export.engine_build",
     "calibrate": "calibration.calibrate",
     "combine_plans": "calibration.combine",
+<<<<<<< HEAD
     "evaluate": "sarsteer_export.evaluation.evaluate",
+=======
+    "convert": "sarsteer_export.interchange.convert",
+>>>>>>> main
     "export": "sarsteer_export.exporting.export",
     "load_bundle": "sarsteer_export.bundle.bundle",
     "patch": "sarsteer_export.patching",
@@ -74,12 +85,14 @@ _HOMES = {
 
 __all__ = [
     "Add",
+    "AllowedLosses",
     "AuditReport",
     "Bootstrap",
     "BuildSettings",
     "Bundle",
     "CalibrationSettings",
     "CombineRule",
+    "ConversionSettings",
     "EngineSettings",
     "EvaluationSettings",
     "JudgeSettings",
@@ -101,7 +114,11 @@ __all__ = [
     "build_engines",
     "calibrate",
     "combine_plans",
+<<<<<<< HEAD
     "evaluate",
+=======
+    "convert",
+>>>>>>> main
     "export",
     "load_bundle",
     "patch",

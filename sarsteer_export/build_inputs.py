@@ -135,6 +135,14 @@ class BuildInputs:
         """The requests that were held out, by kind; none where behaviour is not measured."""
         return {kind: found.requests for kind, found in self.held_out.items()}
 
+    @property
+    def held_out_counts(self) -> dict[str, dict[str, int]]:
+        """How many requests of each kind were held out, and how many skipped."""
+        return {
+            kind: {"count": len(found.requests), "skipped": len(found.skipped)}
+            for kind, found in self.held_out.items()
+        }
+
     def checked(self, check: Callable[[SpokenRequest], None], on_error: OnError) -> BuildInputs:
         """The same without the requests that `check` refuses, as `RequestSet.checked` has it."""
         calibration, held_out = (

@@ -66,7 +66,6 @@ from sarsteer_export.versions import installed_versions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from calibration.overlap import Overlap
     from calibration.states import Progress
     from sarsteer_export.judges.judge import Judge
 
@@ -95,7 +94,7 @@ class BuildResult:
     """A finished bundle, its reports as JSON, its engines, and the stages taken from an earlier build.
 
     `engine_behaviour`: behaviour on every engine that it was measured on, by the engine's label; each report holds
-    its table.
+    its table. `data`: what was calibrated on and what was held out, by kind, counted.
     """
 
     path: Path
@@ -106,6 +105,7 @@ class BuildResult:
     engines: tuple[EngineEntry, ...]
     engine_behaviour: dict[str, dict[str, Any]]
     reused: tuple[str, ...]
+    data: dict[str, dict[str, Any]]
 
 
 def build(
@@ -167,8 +167,8 @@ def build(
             for entry, judged in proven
             if judge is not None and judged.verdict is Verdict.PASSED
         ]
-        manifest = finish(folder, manifest, report, proven, behaviour, measured, inputs.overlap, settings)
-    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs.overlap)
+        manifest = finish(folder, manifest, report, proven, behaviour, measured, inputs, settings)
+    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs)
     return BuildResult(
         path=target,
         parity=report.to_json(),
@@ -176,8 +176,9 @@ def build(
         behaviour=measured_on_graphs,
         behaviour_table=None if measured_on_graphs is None else measured_on_graphs["table"],
         engines=manifest.engines,
-        engine_behaviour={entry.label: _with_table(found, inputs.overlap) for entry, found in measured},
+        engine_behaviour={entry.label: _with_table(found, inputs) for entry, found in measured},
         reused=reusable,
+        data=_data_counts(plan, measured_on_graphs),
     )
 
 
@@ -374,7 +375,7 @@ def finish(
     proven: Sequence[tuple[EngineEntry, ParityReport]],
     behaviour: BehaviourReport | None,
     measured: Sequence[tuple[EngineEntry, BehaviourReport]],
-    overlap: Overlap,
+    inputs: BuildInputs,
     settings: BuildSettings,
 ) -> Manifest:
     """Write the reports and the final manifest."""
@@ -382,9 +383,9 @@ def finish(
     for entry, judged in proven:
         _write_parity(folder / entry.report, judged)
     if behaviour is not None:
-        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, overlap))
+        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, inputs))
     for entry, found in measured:
-        _write_json(folder / entry.behaviour, _with_table(found, overlap))
+        _write_json(folder / entry.behaviour, _with_table(found, inputs))
     if not settings.keep_unsteered:
         (folder / UNSTEERED_DECODER).unlink()
     parity = {"verdict": report.verdict.value, "backend": report.backend, "precision": report.precision}
@@ -403,12 +404,23 @@ def _check_verdict(engine: str, report: ParityReport, *good: Verdict) -> None:
         )
 
 
-def _with_table(report: BehaviourReport, overlap: Overlap) -> dict[str, Any]:
-    """A report on behaviour as JSON, which says how many of the requests were no new ones."""
-    table = report.table()
+def _data_counts(plan: SteeringPlan, behaviour: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """What a plan says of its calibration sets, and what a report on behaviour says of those held out."""
+    known = {kind: plan.provenance[kind] for kind in ("harmful", "benign") if kind in plan.provenance}
+    held_out = {} if behaviour is None else behaviour.get("held_out", {})
+    return known | {f"eval_{kind}": counts for kind, counts in held_out.items()}
+
+
+def _with_table(report: BehaviourReport, inputs: BuildInputs) -> dict[str, Any]:
+    """A report on behaviour as JSON, which says how many requests were skipped, and how many were no new ones."""
+    table, overlap = report.table(), inputs.overlap
     if any(overlap.counts.values()):
         table += f"\nrequests that calibration saw: {overlap.text()}, which was allowed"
-    return report.to_json() | {"overlap": overlap.counts, "table": table}
+    return report.to_json() | {
+        "held_out": inputs.held_out_counts,
+        "overlap": overlap.counts,
+        "table": table,
+    }
 
 
 def _write_parity(path: Path, report: ParityReport) -> None:
@@ -461,6 +473,7 @@ def _up_to_date(target: Path, manifest: Manifest) -> BuildResult:
             if (target / entry.behaviour).is_file()
         },
         reused=tuple(manifest.stages),
+        data=_data_counts(SteeringPlan.load(target / PLAN), behaviour),
     )
 
 

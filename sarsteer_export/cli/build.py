@@ -115,5 +115,6 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         "engines": [dataclasses.asdict(entry) for entry in result.engines],
         "engine_behaviour": result.engine_behaviour,
         "reused": list(result.reused),
+        "data": result.data,
     }
     emit(summary, "\n\n".join(parts), as_json=as_json)
