@@ -26,12 +26,9 @@ if TYPE_CHECKING:
     from sarsteer_export.evaluation.intervals import Bootstrap
     from sarsteer_export.evaluation.measure import MeasureSettings
     from sarsteer_export.exporting.export import export
-<<<<<<< HEAD
-    from sarsteer_export.judges.settings import JudgeSettings
-=======
     from sarsteer_export.interchange.convert import ConversionSettings, convert
     from sarsteer_export.interchange.fitting import AllowedLosses
->>>>>>> main
+    from sarsteer_export.judges.settings import JudgeSettings
     from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.patching import PatchSettings, patch, unpatch
     from sarsteer_export.pipeline import build
@@ -69,11 +66,8 @@ _HOMES = {
     "build_engines": "sarsteer_export.engine_build",
     "calibrate": "calibration.calibrate",
     "combine_plans": "calibration.combine",
-<<<<<<< HEAD
-    "evaluate": "sarsteer_export.evaluation.evaluate",
-=======
     "convert": "sarsteer_export.interchange.convert",
->>>>>>> main
+    "evaluate": "sarsteer_export.evaluation.evaluate",
     "export": "sarsteer_export.exporting.export",
     "load_bundle": "sarsteer_export.bundle.bundle",
     "patch": "sarsteer_export.patching",
@@ -114,11 +108,8 @@ __all__ = [
     "build_engines",
     "calibrate",
     "combine_plans",
-<<<<<<< HEAD
-    "evaluate",
-=======
     "convert",
->>>>>>> main
+    "evaluate",
     "export",
     "load_bundle",
     "patch",
