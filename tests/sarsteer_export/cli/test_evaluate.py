@@ -14,7 +14,14 @@ from calibration.plan import SteeringPlan
 from sarsteer_export.bundle.manifest import PLAN, UNSTEERED_DECODER
 from sarsteer_export.evaluation.figures import FIGURES
 from tests import tiny_lalm
-from tests.sarsteer_export.command_line import answered, answered_json, listing, refused, sarsteer
+from tests.sarsteer_export.command_line import (
+    answered,
+    answered_json,
+    listing,
+    refused,
+    run_python,
+    sarsteer,
+)
 from tests.sarsteer_export.conftest import Inputs
 
 QUICK = ("--max-new-tokens", "3", "--random-seeds", "0", "--limit", "3", "--bootstrap", "200")
@@ -231,3 +238,18 @@ def test_results_are_replaced_only_when_told_and_only_when_they_are_ours(
     assert listing(folder) != before
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     refused(sarsteer(*call, "--overwrite"), "holds notes.txt")
+
+
+def test_a_bundle_alone_is_evaluated_without_pytorch(
+    bundle_path: Path, held_out: tuple[str | Path, ...]
+) -> None:
+    code = (
+        "import sys\n"
+        "from sarsteer_export.cli import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    plain = ("--random-seeds", "none", "--limit", "1", "--max-new-tokens", "2")
+    done = run_python(code, "evaluate", bundle_path, *held_out, *plain)
+    assert done.returncode == 0, done.stderr
+    assert "attack success" in done.stdout
