@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from calibration.checkpoint import hears_audio, read_config
 from calibration.directions import SteeringSettings, largest_rank, steering_plan
 from calibration.errors import InputError
-from calibration.lalm import Lalm, load_lalm
+from calibration.lalm import Lalm
 from calibration.magnitudes import recorded_magnitudes, steered_magnitudes
+from calibration.model_options import ModelOptions, driven_by
 from calibration.overlap import SEEN, check_kinds, seen_digests
 from calibration.records import ReadSettings, check_audio_file
 from calibration.requests import RequestSet, check_benign_count, read_request_set
@@ -55,14 +56,15 @@ def calibrate(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    loading: ModelOptions | None = None,
     progress: Progress | None = None,
 ) -> SteeringPlan:
     """Compute the SARSteer plan of a model (METHOD: refusal direction, safe subspace, ablation).
 
-    `model`: a checkpoint directory, or a model already loaded. `harmful`, `benign`: spoken requests in any format of
-    `docs/data.md`, or read already. How large the residual stream gets, with and without the plan, goes into its
-    provenance. Raises `InputError` for a bad model, bad requests, a clip that is in both sets or fewer than two
-    benign ones, and where the stream overflows the model's dtype.
+    `model`: a checkpoint directory, loaded as `loading` says, or a model already loaded. `harmful`, `benign`: spoken
+    requests in any format of `docs/data.md`, or read already. How large the residual stream gets, with and without
+    the plan, goes into its provenance. Raises `InputError` for a bad model, bad requests, a clip that is in both
+    sets or fewer than two benign ones, and where the stream overflows the model's dtype.
     """
     settings = settings or CalibrationSettings()
     if not settings.refusal_prompt:
@@ -71,7 +73,11 @@ def calibrate(
     harmful_set, benign_set = (calibration_set(data, settings, hears=hears) for data in (harmful, benign))
     check_benign_count(benign_set.requests, benign_set.source)
     check_kinds(harmful_set.requests, benign_set.requests)
-    lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
+    lalm = (
+        model
+        if isinstance(model, Lalm)
+        else (loading or ModelOptions()).load(model, device=device, dtype=dtype)
+    )
     harmful_set, benign_set = (
         data.checked(lambda request: check_clip(lalm, request), settings.data.on_error)
         for data in (harmful_set, benign_set)
@@ -118,6 +124,7 @@ def calibration_provenance(
 ) -> dict[str, Any]:
     """What a plan was computed from, as JSON: model, data, prompts, settings and library versions."""
     steering = asdict(settings.steering)
+    driven = driven_by(lalm)
     requests = (*harmful.requests, *benign.requests)
     return {
         "method": "SARSteer (arXiv 2510.17633)",
@@ -125,6 +132,7 @@ def calibration_provenance(
         "model_id": lalm.path.resolve().name,
         "model_dtype": str(lalm.model.dtype).removeprefix("torch."),
         "model_fingerprint": lalm.fingerprint,
+        **({} if driven is None else {"model_driven_by": driven}),
         "chat_template_sha256": hashlib.sha256(str(lalm.adapter.chat_template).encode()).hexdigest(),
         "refusal_prompt": settings.refusal_prompt,
         "prompts": sorted({request.text for request in requests})[:20],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from calibration.errors import InputError
+from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, audio_token_count, encode_requests
 from calibration.requests import SpokenRequest, check_requests, load_audio
 from calibration.token_positions import last_attended
@@ -51,6 +51,11 @@ def hidden_of(output: Any) -> torch.Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, torch.Tensor):
         raise TypeError(f"a decoder block returned {type(output).__name__}; expected a tensor or a tuple")
+    if hidden.ndim != 3:
+        raise UnsupportedError(
+            f"a decoder block returned a tensor of shape {tuple(hidden.shape)}; expected one residual stream "
+            "(batch, sequence, width)"
+        )
     return hidden
 
 

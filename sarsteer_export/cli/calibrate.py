@@ -15,8 +15,10 @@ from sarsteer_export.cli.options import (
     FOLDER,
     calibration_options,
     calibration_settings,
+    chosen_model_options,
     data_options,
     device_options,
+    model_options,
     overwrite_option,
 )
 from sarsteer_export.staging import check_output, staged_file
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 @data_options
 @calibration_options
 @device_options
+@model_options
 @overwrite_option
 def command(
     model: Path,
@@ -54,10 +57,13 @@ def command(
     """
     from calibration.calibrate import calibrate
 
-    settings = calibration_settings(model, given)
+    loading = chosen_model_options(given)
+    settings = calibration_settings(model, given, trust_remote_code=loading.trust_remote_code)
     check_output(output, overwrite=overwrite)
     quiet_transformers()
-    plan = calibrate(model, harmful, benign, settings, device=device, dtype=dtype, progress=Progress())
+    plan = calibrate(
+        model, harmful, benign, settings, device=device, dtype=dtype, loading=loading, progress=Progress()
+    )
     with staged_file(output, overwrite=overwrite) as staged:
         plan.save(staged)
     norms = {edit.layer: float(np.linalg.norm(edit.tensors()["vector"])) for edit in plan.edits}
