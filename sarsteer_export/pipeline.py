@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 
     from calibration.lalm import Lalm
     from calibration.states import Progress
+    from sarsteer_export.judges.judge import Judge
 
 
 BYTES_BESIDE_WEIGHTS = 2_000_000
@@ -127,6 +128,7 @@ def build(
     check_output(target, overwrite=settings.overwrite)
     _check_space(target, _needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
+        judge = settings.judge.open(device=settings.device) if inputs.evaluation else None
         lalm = settings.loading.load(inputs.model, device=settings.device, dtype=settings.dtype)
         inputs = inputs.checked(lambda request: check_clip(lalm, request), settings.calibration.data.on_error)
         check_prompts_fit(lalm, inputs, settings)
@@ -155,7 +157,7 @@ def build(
         write_graph(patched.model, folder / STEERED_DECODER)
         manifest = describe(lalm, plan, patched, inputs, folder, missing)
         manifest.write(folder)
-        report, behaviour = prove(folder, lalm, plan, inputs, settings, progress)
+        report, behaviour = prove(folder, lalm, plan, inputs, settings, judge, progress)
         kept = () if earlier is None else earlier.engines
         standing = {entry.backend: entry for entry in kept if engine_stage(entry.backend) in reusable}
         engines = tuple(
@@ -170,12 +172,12 @@ def build(
         proven = [prove_engine(run, folder, entry) for entry in engines]
         check_verdicts(report, proven)
         measured = [
-            (entry, measure_engine(folder, entry, lalm, plan, inputs, settings, progress))
+            (entry, measure_engine(folder, entry, lalm, plan, inputs, settings, judge, progress))
             for entry, judged in proven
-            if inputs.evaluation and judged.verdict is Verdict.PASSED
+            if judge is not None and judged.verdict is Verdict.PASSED
         ]
         manifest = finish(folder, manifest, report, proven, behaviour, measured, inputs, settings)
-    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs)
+    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs, settings)
     return BuildResult(
         path=target,
         parity=report.to_json(),
@@ -183,7 +185,7 @@ def build(
         behaviour=measured_on_graphs,
         behaviour_table=None if measured_on_graphs is None else measured_on_graphs["table"],
         engines=manifest.engines,
-        engine_behaviour={entry.label: _with_table(found, inputs) for entry, found in measured},
+        engine_behaviour={entry.label: _with_table(found, inputs, settings) for entry, found in measured},
         reused=reusable,
         data=_data_counts(plan, measured_on_graphs),
     )
@@ -323,9 +325,10 @@ def prove(
     plan: SteeringPlan,
     inputs: BuildInputs,
     settings: BuildSettings,
+    judge: Judge | None,
     progress: Progress | None,
 ) -> tuple[ParityReport, BehaviourReport | None]:
-    """Parity of a bundle folder's graphs on the CPU and, when requests were held out, behaviour.
+    """Parity of a bundle folder's graphs on the CPU and, when there is somebody to judge it, behaviour.
 
     Raises `ParityError` when even the unsteered decoder disagrees with the eager model.
     """
@@ -338,13 +341,13 @@ def prove(
             around = run.check_around_decoder(bundle)
             report = given.labelled(run.check_steering(exported, given.folder / STEERED_DECODER, around))
             behaviour = None
-            if inputs.evaluation:
+            if judge is not None:
                 behaviour = measure_behaviour(
                     given.lalm,
                     bundle,
                     given.plan,
                     inputs.evaluation,
-                    settings.judge,
+                    judge,
                     max_new_tokens=settings.max_new_tokens,
                     engine_name=given.engine_name,
                     progress=progress,
@@ -366,6 +369,7 @@ def measure_engine(
     plan: SteeringPlan,
     inputs: BuildInputs,
     settings: BuildSettings,
+    judge: Judge,
     progress: Progress | None,
 ) -> BehaviourReport:
     """Behaviour on an engine of a bundle folder that this machine runs."""
@@ -376,7 +380,7 @@ def measure_engine(
             bundle,
             plan,
             inputs.evaluation,
-            settings.judge,
+            judge,
             max_new_tokens=settings.max_new_tokens,
             batch_size=BATCH_SIZE if rows is None else min(BATCH_SIZE, rows),
             engine_name=entry.backend,
@@ -399,9 +403,9 @@ def finish(
     for entry, judged in proven:
         _write_parity(folder / entry.report, judged)
     if behaviour is not None:
-        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, inputs))
+        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, inputs, settings))
     for entry, found in measured:
-        _write_json(folder / entry.behaviour, _with_table(found, inputs))
+        _write_json(folder / entry.behaviour, _with_table(found, inputs, settings))
     if not settings.keep_unsteered:
         (folder / UNSTEERED_DECODER).unlink()
     parity = {"verdict": report.verdict.value, "backend": report.backend, "precision": report.precision}
@@ -427,14 +431,15 @@ def _data_counts(plan: SteeringPlan, behaviour: dict[str, Any] | None) -> dict[s
     return known | {f"eval_{kind}": counts for kind, counts in held_out.items()}
 
 
-def _with_table(report: BehaviourReport, inputs: BuildInputs) -> dict[str, Any]:
-    """A report on behaviour as JSON, which says how many requests were skipped, and how many were no new ones."""
+def _with_table(report: BehaviourReport, inputs: BuildInputs, settings: BuildSettings) -> dict[str, Any]:
+    """A report on behaviour as JSON; it says who judged, what was skipped, and how many requests were no new ones."""
     table, overlap = report.table(), inputs.overlap
     if any(overlap.counts.values()):
         table += f"\nrequests that calibration saw: {overlap.text()}, which was allowed"
     return report.to_json() | {
         "held_out": inputs.held_out_counts,
         "overlap": overlap.counts,
+        "judge": settings.judge.identity(),
         "table": table,
     }
 
