@@ -11,11 +11,12 @@ from calibration.directions import SteeringSettings, largest_rank, steering_plan
 from calibration.errors import InputError
 from calibration.lalm import Lalm, load_lalm
 from calibration.magnitudes import recorded_magnitudes, steered_magnitudes
-from calibration.requests import SpokenRequest, check_benign_count, read_requests, requests_digest
-from calibration.states import check_clips, collect_states
+from calibration.overlap import SEEN, check_kinds, seen_digests
+from calibration.records import ReadSettings, check_audio_file
+from calibration.requests import RequestSet, check_benign_count, read_request_set
+from calibration.states import check_clip, collect_states
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from calibration.plan import SteeringPlan
@@ -29,7 +30,7 @@ class CalibrationSettings:
     """Everything calibration can be told. The defaults are the paper's.
 
     `limit`: most requests of each kind; with more, `seed` picks the subset. `batch_size`: requests per
-    forward pass; it does not change the result.
+    forward pass; it does not change the result. `data`: how the requests are read.
     """
 
     steering: SteeringSettings = field(default_factory=SteeringSettings)
@@ -37,6 +38,7 @@ class CalibrationSettings:
     limit: int | None = 100
     seed: int = 0
     batch_size: int = 8
+    data: ReadSettings = field(default_factory=ReadSettings)
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -47,8 +49,8 @@ class CalibrationSettings:
 
 def calibrate(
     model: str | Path | Lalm,
-    harmful: str | Path,
-    benign: str | Path,
+    harmful: str | Path | RequestSet,
+    benign: str | Path | RequestSet,
     settings: CalibrationSettings | None = None,
     *,
     device: str = "cpu",
@@ -57,21 +59,26 @@ def calibrate(
 ) -> SteeringPlan:
     """Compute the SARSteer plan of a model (METHOD: refusal direction, safe subspace, ablation).
 
-    `model`: a checkpoint directory, or a model already loaded. `harmful`, `benign`: JSON Lines files of
-    spoken requests. How large the residual stream gets, with and without the plan, goes into its provenance.
-    Raises `InputError` for a bad model, bad requests or fewer than two benign ones, and where the stream
-    overflows the model's dtype.
+    `model`: a checkpoint directory, or a model already loaded. `harmful`, `benign`: spoken requests in any format of
+    `docs/data.md`, or read already. How large the residual stream gets, with and without the plan, goes into its
+    provenance. Raises `InputError` for a bad model, bad requests, a clip that is in both sets or fewer than two
+    benign ones, and where the stream overflows the model's dtype.
     """
     settings = settings or CalibrationSettings()
     if not settings.refusal_prompt:
         raise InputError("the refusal prompt is empty; without it there is no refusal direction")
-    harmful_requests = read_requests(harmful, limit=settings.limit, seed=settings.seed)
-    benign_requests = read_requests(benign, limit=settings.limit, seed=settings.seed)
-    check_benign_count(benign_requests, benign)
+    harmful_set, benign_set = (calibration_set(data, settings) for data in (harmful, benign))
+    check_benign_count(benign_set.requests, benign_set.source)
+    check_kinds(harmful_set.requests, benign_set.requests)
     lalm = model if isinstance(model, Lalm) else load_lalm(model, device=device, dtype=dtype)
+    harmful_set, benign_set = (
+        data.checked(lambda request: check_clip(lalm, request), settings.data.on_error)
+        for data in (harmful_set, benign_set)
+    )
+    check_benign_count(benign_set.requests, benign_set.source)
+    harmful_requests, benign_requests = harmful_set.requests, benign_set.requests
     requests = (*harmful_requests, *benign_requests)
-    check_clips(lalm, requests)
-    provenance = calibration_provenance(lalm, harmful_requests, benign_requests, settings)
+    provenance = calibration_provenance(lalm, harmful_set, benign_set, settings)
     with recorded_magnitudes(lalm.parts) as record:
         states = collect_states(
             lalm,
@@ -88,14 +95,23 @@ def calibrate(
     return replace(plan, provenance={**plan.provenance, "largest_magnitude": largest})
 
 
+def calibration_set(data: str | Path | RequestSet, settings: CalibrationSettings) -> RequestSet:
+    """The requests to calibrate on, of which every clip is there and has a header that can be read."""
+    if isinstance(data, RequestSet):
+        return data
+    found = read_request_set(data, limit=settings.limit, seed=settings.seed, settings=settings.data)
+    return found.checked(check_audio_file, settings.data.on_error)
+
+
 def calibration_provenance(
     lalm: Lalm,
-    harmful: Sequence[SpokenRequest],
-    benign: Sequence[SpokenRequest],
+    harmful: RequestSet,
+    benign: RequestSet,
     settings: CalibrationSettings,
 ) -> dict[str, Any]:
     """What a plan was computed from, as JSON: model, data, prompts, settings and library versions."""
     steering = asdict(settings.steering)
+    requests = (*harmful.requests, *benign.requests)
     return {
         "method": "SARSteer (arXiv 2510.17633)",
         "model": type(lalm.model).__name__,
@@ -104,12 +120,13 @@ def calibration_provenance(
         "model_fingerprint": lalm.fingerprint,
         "chat_template_sha256": hashlib.sha256(str(lalm.adapter.chat_template).encode()).hexdigest(),
         "refusal_prompt": settings.refusal_prompt,
-        "prompts": sorted({request.text for request in (*harmful, *benign)})[:20],
-        "harmful": {"count": len(harmful), "sha256": requests_digest(harmful)},
-        "benign": {"count": len(benign), "sha256": requests_digest(benign)},
+        "prompts": sorted({request.text for request in requests})[:20],
+        "harmful": harmful.summary(),
+        "benign": benign.summary(),
+        SEEN: seen_digests(requests),
         "alpha": steering["alpha"],
         "lambda": steering["ablation"],
-        "rank": min(steering["rank"], largest_rank(len(benign), lalm.parts.hidden_size)),
+        "rank": min(steering["rank"], largest_rank(len(benign.requests), lalm.parts.hidden_size)),
         "rank_requested": steering["rank"],
         "seed": settings.seed,
         "versions": {name: version(name) for name in ("sarsteer-export", "torch", "transformers", "numpy")},

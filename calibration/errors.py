@@ -23,6 +23,12 @@ class InputError(SarsteerError):
     exit_code = 2
 
 
+class BadRecordsError(InputError):
+    """Several records of the user's data cannot be used; each has its line."""
+
+    has_details = True
+
+
 class UnsupportedError(SarsteerError):
     """What was asked cannot be done here; the message names the remedy."""
 

@@ -1,107 +1,123 @@
-"""Spoken requests as users have them: JSON Lines that point to audio files."""
+"""Spoken requests as users have them: files of records, Hugging Face data sets, folders of audio."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import soundfile
-import soxr
-
+from calibration.audio import SILENCE_PEAK, AudioSource, EmbeddedAudio, audio_sha256, load_audio
 from calibration.errors import InputError
+from calibration.readers.find import find_records
+from calibration.records import (
+    DEFAULT_PROMPT,
+    BadRecord,
+    OnError,
+    ReadSettings,
+    SpokenRequest,
+    check_audio_file,
+    settle,
+    split_bad,
+    to_request,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
-    from numpy.typing import NDArray
-
-SILENCE_PEAK = 1e-4
-"""A clip whose loudest sample is below this (−80 dB of full scale) holds no speech."""
+__all__ = [
+    "DEFAULT_PROMPT",
+    "SILENCE_PEAK",
+    "AudioSource",
+    "EmbeddedAudio",
+    "OnError",
+    "ReadSettings",
+    "RequestSet",
+    "SpokenRequest",
+    "check_audio_files",
+    "check_benign_count",
+    "check_requests",
+    "load_audio",
+    "read_request_set",
+    "read_requests",
+    "requests_digest",
+]
 
 
 @dataclass(frozen=True)
-class SpokenRequest:
-    """One request: an audio clip, the neutral text prompt that goes with it and, if known, what is said."""
+class RequestSet:
+    """The requests of one source, and the records that were skipped because they are bad."""
 
-    audio: Path
-    text: str
-    transcript: str | None = None
+    source: str
+    requests: tuple[SpokenRequest, ...]
+    skipped: tuple[BadRecord, ...] = ()
+
+    def checked(self, check: Callable[[SpokenRequest], None], on_error: OnError) -> RequestSet:
+        """The same without the requests for which `check` raises `InputError`.
+
+        Under `STOP` they are refused, all in one `InputError`; under `SKIP` one warning counts them.
+        """
+        good, bad = split_bad(self.requests, check)
+        settle(self.source, bad, len(self.requests), on_error)
+        return dataclasses.replace(self, requests=tuple(good), skipped=(*self.skipped, *bad))
+
+    def summary(self) -> dict[str, int | str]:
+        """What provenance keeps of the set: how many requests, how many skipped, the hash of their content."""
+        return {
+            "count": len(self.requests),
+            "skipped": len(self.skipped),
+            "sha256": requests_digest(self.requests),
+        }
 
 
-def read_requests(path: str | Path, *, limit: int | None = None, seed: int = 0) -> tuple[SpokenRequest, ...]:
-    """Read a JSON Lines file with `audio` (relative to the file), `text` and optionally `transcript`.
+def read_request_set(
+    path: str | Path, *, limit: int | None = None, seed: int = 0, settings: ReadSettings | None = None
+) -> RequestSet:
+    """Read data in any format of `docs/data.md`; `path` may end in `#SPLIT`. Clips are not opened yet.
 
-    With more than `limit` requests a subset is drawn, the same for the same `seed`, in file order. Raises
-    `InputError` naming the file and line.
+    With more than `limit` requests a subset is drawn, the same for the same `seed`, in the order of the data. Raises
+    `InputError` naming the bad records by their line or row, up to 10 of them, unless they are to be skipped, and
+    `UnsupportedError` when reading this format needs a package that is not installed.
     """
-    source = Path(path)
-    try:
-        lines = source.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise InputError(f"{source}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{source}: cannot be read as UTF-8 text ({error})") from error
-    requests = [
-        _parse(f"{source}, line {number}", line, source.parent)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not requests:
-        raise InputError(f"{source}: holds no requests; expected one JSON object a line")
+    settings = settings or ReadSettings()
+    source = find_records(path, settings)
+    requests: list[SpokenRequest] = []
+    bad: list[BadRecord] = []
+    for record in source.records:
+        found = record if isinstance(record, BadRecord) else to_request(record, source, settings)
+        if isinstance(found, BadRecord):
+            bad.append(found)
+        else:
+            requests.append(found)
+    total = len(requests) + len(bad)
+    if not total:
+        raise InputError(f"{path}: holds no requests; expected at least one")
+    settle(str(path), bad, total, settings.on_error)
     if limit is not None and len(requests) > limit:
         chosen = sorted(random.Random(seed).sample(range(len(requests)), limit))  # noqa: S311 - a subset, no secret
         requests = [requests[index] for index in chosen]
-    return tuple(requests)
+    return RequestSet(str(path), tuple(requests), tuple(bad))
 
 
-def load_audio(
-    path: str | Path, *, sampling_rate: int, max_seconds: float | None = None
-) -> NDArray[np.float32]:
-    """Read a clip as mono float32 samples at `sampling_rate` Hz, shape (samples,).
+def read_requests(
+    path: str | Path, *, limit: int | None = None, seed: int = 0, settings: ReadSettings | None = None
+) -> tuple[SpokenRequest, ...]:
+    """The requests of `read_request_set`, without what was skipped."""
+    return read_request_set(path, limit=limit, seed=seed, settings=settings).requests
 
-    Any format libsndfile reads, any rate and channel count. Raises `InputError` when the file is missing,
-    not audio, empty, silent or longer than `max_seconds`.
-    """
-    source = Path(path)
-    if not source.is_file():
-        raise InputError(f"audio {source}: no such file")
-    try:
-        samples_TC, rate = soundfile.read(source, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise InputError(f"audio {source}: not a readable audio file ({error})") from error
-    samples = samples_TC.mean(axis=1)
-    if samples.size == 0:
-        raise InputError(f"audio {source}: holds no samples")
-    if not np.isfinite(samples).all():
-        raise InputError(f"audio {source}: holds samples that are NaN or infinite")
-    if np.abs(samples).max() < SILENCE_PEAK:
-        raise InputError(f"audio {source}: is silent (every sample below {SILENCE_PEAK})")
-    seconds = samples.size / rate
-    if max_seconds is not None and seconds > max_seconds:
-        raise InputError(
-            f"audio {source}: lasts {seconds:.2f} s; the model hears at most {max_seconds:g} s; cut it"
-        )
-    if rate != sampling_rate:
-        samples = soxr.resample(samples, rate, sampling_rate)
-        if samples.size == 0:
-            raise InputError(f"audio {source}: holds no samples at {sampling_rate} Hz; it is too short")
-    return np.ascontiguousarray(samples, dtype=np.float32)
+
+def check_requests(requests: Sequence[SpokenRequest], check: Callable[[SpokenRequest], None]) -> None:
+    """Raise one `InputError` that names every request (up to 10) for which `check` raises one."""
+    _, bad = split_bad(requests, check)
+    settle("requests", bad, len(requests), OnError.STOP)
 
 
 def check_audio_files(requests: Sequence[SpokenRequest]) -> None:
-    """Raise `InputError` naming a clip that is missing or whose header cannot be read; samples are not."""
-    for request in requests:
-        if not request.audio.is_file():
-            raise InputError(f"audio {request.audio}: no such file")
-        try:
-            soundfile.info(request.audio)
-        except (soundfile.SoundFileError, OSError) as error:
-            raise InputError(f"audio {request.audio}: not a readable audio file ({error})") from error
+    """Raise `InputError` naming clips that are missing or whose header cannot be read; samples are not."""
+    check_requests(requests, check_audio_file)
 
 
 def check_benign_count(benign: Sequence[SpokenRequest], source: str | Path) -> None:
@@ -117,26 +133,6 @@ def requests_digest(requests: Sequence[SpokenRequest]) -> str:
     digest = hashlib.sha256()
     for request in requests:
         digest.update(json.dumps([request.text, request.transcript]).encode())
-        try:
-            digest.update(hashlib.sha256(request.audio.read_bytes()).digest())
-        except OSError as error:
-            raise InputError(f"audio {request.audio}: cannot be read ({error.strerror})") from error
+        if request.audio is not None:
+            digest.update(audio_sha256(request.audio))
     return digest.hexdigest()
-
-
-def _parse(where: str, line: str, folder: Path) -> SpokenRequest:
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: is a {type(record).__name__}; expected an object with audio and text")
-    for name, required in (("audio", True), ("text", True), ("transcript", False)):
-        value = record.get(name)
-        if value is None and not required:
-            continue
-        if not isinstance(value, str) or not value:
-            raise InputError(f"{where}: {name} is {value!r}; expected a non-empty string")
-        if any("\ud800" <= character <= "\udfff" or character == "\0" for character in value):
-            raise InputError(f"{where}: {name} is {value!r}, which is not valid text")
-    return SpokenRequest(folder / record["audio"], record["text"], record.get("transcript"))

@@ -14,7 +14,7 @@ import torch
 
 from calibration.errors import InputError
 from calibration.lalm import Lalm, audio_token_count, encode_requests
-from calibration.requests import SpokenRequest, load_audio
+from calibration.requests import SpokenRequest, check_requests, load_audio
 from calibration.token_positions import last_attended
 
 if TYPE_CHECKING:
@@ -88,25 +88,29 @@ def last_position_states(
 def load_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> list[NDArray[np.float32]]:
     """The clips of some requests, each (samples,) float32 at the rate the model hears."""
     return [
-        load_audio(request.audio, sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
+        load_audio(request.clip(), sampling_rate=lalm.sampling_rate, max_seconds=lalm.max_audio_seconds)
         for request in requests
     ]
 
 
 def check_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> None:
-    """Read every clip once and drop it, so that a bad one is found before the model has worked for an hour.
+    """Read every clip once and drop it, so that bad ones are found before the model has worked for an hour.
 
-    Raises `InputError` naming the clip, also when it is too short for the audio encoder.
+    Raises `InputError` naming the clips that `check_clip` refuses.
     """
-    for request in requests:
-        (clip,) = load_clips(lalm, [request])
-        if clip.size < MAYBE_SHORT_SECONDS * lalm.sampling_rate:
-            tokens = audio_token_count(lalm, clip)
-            if tokens < LEAST_AUDIO_TOKENS:
-                raise InputError(
-                    f"audio {request.audio}: too short, {clip.size} samples at {lalm.sampling_rate} Hz; the model "
-                    f"makes {tokens} embeddings of it, expected at least {LEAST_AUDIO_TOKENS}"
-                )
+    check_requests(requests, lambda request: check_clip(lalm, request))
+
+
+def check_clip(lalm: Lalm, request: SpokenRequest) -> None:
+    """Raise `InputError` naming a clip that cannot be read or is too short or too long for the model."""
+    (clip,) = load_clips(lalm, [request])
+    if clip.size < MAYBE_SHORT_SECONDS * lalm.sampling_rate:
+        tokens = audio_token_count(lalm, clip)
+        if tokens < LEAST_AUDIO_TOKENS:
+            raise InputError(
+                f"audio {request.audio}: too short, {clip.size} samples at {lalm.sampling_rate} Hz; the model "
+                f"makes {tokens} embeddings of it, expected at least {LEAST_AUDIO_TOKENS}"
+            )
 
 
 def collect_states(

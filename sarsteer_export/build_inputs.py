@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from calibration.calibrate import CalibrationSettings
+from calibration.calibrate import CalibrationSettings, calibration_set
 from calibration.checkpoint import (
     check_audio_language_model,
     fingerprint,
@@ -16,12 +16,15 @@ from calibration.checkpoint import (
     read_config,
 )
 from calibration.errors import InputError, UnsupportedError
+from calibration.overlap import AllowedOverlap, Overlap, check_disjoint, check_kinds, check_unseen
 from calibration.plan import PositionKind, SteeringPlan, check_plan_fits
+from calibration.records import check_audio_file
 from calibration.requests import (
+    ReadSettings,
+    RequestSet,
     SpokenRequest,
-    check_audio_files,
     check_benign_count,
-    read_requests,
+    read_request_set,
     requests_digest,
 )
 from engines.backends import CPU_BACKEND
@@ -37,8 +40,10 @@ from sarsteer_export.range_guard import PROVENANCE_KEY
 from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from calibration.records import OnError
 
 BYTES_PER_PARAMETER = {"float32": 4, "float16": 2, "bfloat16": 2}
 PACKAGES = (
@@ -60,8 +65,9 @@ class BuildSettings:
     """Everything a build can be told.
 
     `plan`: a ready plan file; calibration is then skipped, and `harmful` and `benign` serve parity alone.
-    `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none. `engine`: what to build
-    beside the ONNX graphs. `allow_overflow`: build even where calibration saw values that float16 cannot square.
+    `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none. `allow_overlap`: what
+    they may share with the calibration set. `engine`: what to build beside the ONNX graphs. `allow_overflow`: build
+    even where calibration saw values that float16 cannot square.
     """
 
     harmful: Path
@@ -71,6 +77,7 @@ class BuildSettings:
     parity: ParitySettings = field(default_factory=ParitySettings)
     eval_harmful: Path | None = None
     eval_benign: Path | None = None
+    allow_overlap: AllowedOverlap = AllowedOverlap.NONE
     judge: Judge = field(default_factory=Judge)
     engine: EngineSettings = field(default_factory=EngineSettings)
     allow_overflow: bool = False
@@ -99,6 +106,7 @@ class BuildSettings:
 class BuildInputs:
     """The inputs of a build, read and identified: what the stage keys are made of.
 
+    `calibration`, `held_out`: requests by kind, `harmful` and `benign`. `overlap`: what was held out in vain.
     `longest`: the most positions the model knows, `decoder`: the interface of its exported decoder, each where its
     configuration says.
     """
@@ -106,11 +114,34 @@ class BuildInputs:
     model: Path
     fingerprint: str
     longest: int | None
-    harmful: tuple[SpokenRequest, ...]
-    benign: tuple[SpokenRequest, ...]
-    evaluation: dict[str, Sequence[SpokenRequest]]
+    calibration: dict[str, RequestSet]
+    held_out: dict[str, RequestSet]
     stages: dict[str, str]
+    overlap: Overlap = field(default_factory=Overlap)
     decoder: tuple[Binding, ...] | None = None
+
+    @property
+    def harmful(self) -> tuple[SpokenRequest, ...]:
+        """The harmful requests to calibrate on."""
+        return self.calibration["harmful"].requests
+
+    @property
+    def benign(self) -> tuple[SpokenRequest, ...]:
+        """The benign requests to calibrate on."""
+        return self.calibration["benign"].requests
+
+    @property
+    def evaluation(self) -> dict[str, Sequence[SpokenRequest]]:
+        """The requests that were held out, by kind; none where behaviour is not measured."""
+        return {kind: found.requests for kind, found in self.held_out.items()}
+
+    def checked(self, check: Callable[[SpokenRequest], None], on_error: OnError) -> BuildInputs:
+        """The same without the requests that `check` refuses, as `RequestSet.checked` has it."""
+        calibration, held_out = (
+            {kind: found.checked(check, on_error) for kind, found in sets.items()}
+            for sets in (self.calibration, self.held_out)
+        )
+        return dataclasses.replace(self, calibration=calibration, held_out=held_out)
 
 
 def engine_stage(backend: str) -> str:
@@ -123,33 +154,38 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     config = read_config(model)
     check_audio_language_model(model, config)
     identity = fingerprint(model)
-    limit, seed = settings.calibration.limit, settings.calibration.seed
-    harmful = read_requests(settings.harmful, limit=limit, seed=seed)
-    benign = read_requests(settings.benign, limit=limit, seed=seed)
-    evaluation: dict[str, Sequence[SpokenRequest]] = {}
+    chosen = settings.calibration
+    calibration_sets = {
+        kind: calibration_set(data, chosen)
+        for kind, data in (("harmful", settings.harmful), ("benign", settings.benign))
+    }
+    harmful, benign = (found.requests for found in calibration_sets.values())
+    held_out: dict[str, RequestSet] = {}
     if settings.eval_harmful is not None and settings.eval_benign is not None:
-        evaluation = {
-            "harmful": read_requests(settings.eval_harmful),
-            "benign": read_requests(settings.eval_benign),
+        held_out = {
+            kind: read_request_set(data, settings=chosen.data).checked(check_audio_file, chosen.data.on_error)
+            for kind, data in (("harmful", settings.eval_harmful), ("benign", settings.eval_benign))
         }
-    for requests in (harmful, benign, *evaluation.values()):
-        check_audio_files(requests)
+    tested = [request for found in held_out.values() for request in found.requests]
     if settings.plan is None:
         check_benign_count(benign, settings.benign)
+        check_kinds(harmful, benign)
+        overlap = check_disjoint((*harmful, *benign), tested, settings.allow_overlap)
     common = [identity, processor_digest(model), settings.dtype, installed_versions(*PACKAGES)]
     magnitudes: Any = None
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)
         _check_plan_fits_config(plan, config, identity, force=settings.force)
         _check_positions(plan)
+        overlap = check_unseen(plan, tested, settings.allow_overlap) if tested else Overlap()
         calibration: Any = plan.digest()
         magnitudes = plan.provenance.get(
             PROVENANCE_KEY
         )  # no part of the digest, and what the guard is held to
     else:
-        chosen = dataclasses.replace(settings.calibration, batch_size=1)
-        calibration = [dataclasses.asdict(chosen), requests_digest(harmful), requests_digest(benign)]
-    evaluated = [requests_digest(asked) for asked in evaluation.values()]
+        computed = dataclasses.replace(chosen, batch_size=1, data=ReadSettings())
+        calibration = [dataclasses.asdict(computed), requests_digest(harmful), requests_digest(benign)]
+    evaluated = [requests_digest(found.requests) for found in held_out.values()]
     stages = {"calibrate": _key(common, calibration), "export": _key(common, OPSET)}
     if settings.engine.engines:
         _check_profiles(settings, config)
@@ -174,7 +210,14 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         magnitudes,
     )
     return BuildInputs(
-        model, identity, _longest(config), harmful, benign, evaluation, stages, _decoder_inputs(config)
+        model=model,
+        fingerprint=identity,
+        longest=_longest(config),
+        calibration=calibration_sets,
+        held_out=held_out,
+        stages=stages,
+        overlap=overlap,
+        decoder=_decoder_inputs(config),
     )
 
 

@@ -19,7 +19,7 @@ from calibration.checkpoint import parameter_count
 from calibration.errors import InputError, ParityError
 from calibration.lalm import Lalm, load_lalm
 from calibration.plan import SteeringPlan, check_plan_fits
-from calibration.states import check_clips
+from calibration.states import check_clip
 from engines.backends import Runtime
 from engines.report import ParityReport, Verdict
 from graph_passes.interface import graph_inputs, graph_outputs
@@ -66,6 +66,7 @@ from sarsteer_export.versions import installed_versions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from calibration.overlap import Overlap
     from calibration.states import Progress
 
 
@@ -126,14 +127,13 @@ def build(
     _check_space(target, _needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
         lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
-        for requests in (inputs.harmful, inputs.benign, *inputs.evaluation.values()):
-            check_clips(lalm, requests)
+        inputs = inputs.checked(lambda request: check_clip(lalm, request), settings.calibration.data.on_error)
         check_prompts_fit(lalm, inputs, settings)
         _write_frontend(lalm, folder)
         plan = (
             SteeringPlan.load(target / PLAN)
             if settings.plan is None and "calibrate" in reusable
-            else make_plan(lalm, settings, progress)
+            else make_plan(lalm, inputs, settings, progress)
         )
         (folder / PLAN).parent.mkdir()
         plan.save(folder / PLAN)
@@ -165,15 +165,16 @@ def build(
             for entry, judged in proven
             if inputs.evaluation and judged.verdict is Verdict.PASSED
         ]
-        manifest = finish(folder, manifest, report, proven, behaviour, measured, settings)
+        manifest = finish(folder, manifest, report, proven, behaviour, measured, inputs.overlap, settings)
+    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs.overlap)
     return BuildResult(
         path=target,
         parity=report.to_json(),
         parity_table=report.table(),
-        behaviour=None if behaviour is None else behaviour.to_json(),
-        behaviour_table=None if behaviour is None else behaviour.table(),
+        behaviour=measured_on_graphs,
+        behaviour_table=None if measured_on_graphs is None else measured_on_graphs["table"],
         engines=manifest.engines,
-        engine_behaviour={entry.label: _with_table(found) for entry, found in measured},
+        engine_behaviour={entry.label: _with_table(found, inputs.overlap) for entry, found in measured},
         reused=reusable,
     )
 
@@ -236,7 +237,9 @@ def check_prompts_fit(lalm: Lalm, inputs: BuildInputs, settings: BuildSettings) 
     check_prompts(lalm, asked, inputs.decoder, profiles)
 
 
-def make_plan(lalm: Lalm, settings: BuildSettings, progress: Progress | None) -> SteeringPlan:
+def make_plan(
+    lalm: Lalm, inputs: BuildInputs, settings: BuildSettings, progress: Progress | None
+) -> SteeringPlan:
     """Load the plan that was given, or calibrate one."""
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)
@@ -249,7 +252,8 @@ def make_plan(lalm: Lalm, settings: BuildSettings, progress: Progress | None) ->
             force=settings.force,
         )
         return plan
-    return calibrate(lalm, settings.harmful, settings.benign, settings.calibration, progress=progress)
+    sets = inputs.calibration
+    return calibrate(lalm, sets["harmful"], sets["benign"], settings.calibration, progress=progress)
 
 
 def export_components(lalm: Lalm, folder: Path, progress: Progress | None) -> None:
@@ -366,6 +370,7 @@ def finish(
     proven: Sequence[tuple[EngineEntry, ParityReport]],
     behaviour: BehaviourReport | None,
     measured: Sequence[tuple[EngineEntry, BehaviourReport]],
+    overlap: Overlap,
     settings: BuildSettings,
 ) -> Manifest:
     """Write the reports and the final manifest."""
@@ -373,9 +378,9 @@ def finish(
     for entry, judged in proven:
         _write_parity(folder / entry.report, judged)
     if behaviour is not None:
-        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour))
+        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, overlap))
     for entry, found in measured:
-        _write_json(folder / entry.behaviour, _with_table(found))
+        _write_json(folder / entry.behaviour, _with_table(found, overlap))
     if not settings.keep_unsteered:
         (folder / UNSTEERED_DECODER).unlink()
     parity = {"verdict": report.verdict.value, "backend": report.backend, "precision": report.precision}
@@ -394,8 +399,12 @@ def _check_verdict(engine: str, report: ParityReport, *good: Verdict) -> None:
         )
 
 
-def _with_table(report: BehaviourReport) -> dict[str, Any]:
-    return report.to_json() | {"table": report.table()}
+def _with_table(report: BehaviourReport, overlap: Overlap) -> dict[str, Any]:
+    """A report on behaviour as JSON, which says how many of the requests were no new ones."""
+    table = report.table()
+    if any(overlap.counts.values()):
+        table += f"\nrequests that calibration saw: {overlap.text()}, which was allowed"
+    return report.to_json() | {"overlap": overlap.counts, "table": table}
 
 
 def _write_parity(path: Path, report: ParityReport) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from calibration.errors import InputError
 from calibration.lalm import Lalm, load_lalm
 from calibration.plan import SteeringPlan, check_plan_fits
-from calibration.requests import read_requests
-from calibration.states import check_clips
+from calibration.records import ReadSettings, check_audio_file
+from calibration.requests import read_request_set
+from calibration.states import check_clip
 from engines.backends import CPU_BACKEND, find_backend
 from engines.opening import check_can_run
 from graph_passes.float32_twin import write_float32_twins
@@ -34,11 +35,13 @@ def verify(
     requests: str | Path,
     settings: ParitySettings | None = None,
     *,
+    data: ReadSettings | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
-    """Run parity again from a bundle, the checkpoint it was made from and a JSON Lines file of requests.
+    """Run parity again from a bundle, the checkpoint it was made from and requests in any format of `docs/data.md`.
 
     `settings.backend`: what is compared, the bundle's graphs on ONNX Runtime's CPU provider or one of its engines.
+    `data`: how the requests are read; the first `settings.prompts` are compared on.
     Returns the report whatever its verdict on the steered engine. Raises `ParityError` when the unsteered
     decoder itself disagrees with the model, `InputError` when the bundle was altered or made from another
     checkpoint, `UnsupportedError` when the backend cannot run here.
@@ -47,7 +50,10 @@ def verify(
     folder = Path(bundle)
     backend = find_backend(settings.backend)
     check_can_run(backend)
-    chosen = parity_requests(read_requests(requests), count=settings.prompts)
+    data = data or ReadSettings()
+    asked = read_request_set(requests, settings=data)
+    asked = dataclasses.replace(asked, requests=parity_requests(asked.requests, count=settings.prompts))
+    asked = asked.checked(check_audio_file, data.on_error)
     manifest = Manifest.read(folder)
     manifest.check_hashes(folder)
     plan = SteeringPlan.load(folder / PLAN)
@@ -60,7 +66,7 @@ def verify(
         )
     parts = lalm.parts
     check_plan_fits(plan, hidden_size=parts.hidden_size, num_layers=len(parts.blocks))
-    check_clips(lalm, chosen)
+    chosen = asked.checked(lambda request: check_clip(lalm, request), data.on_error).requests
     with ExitStack() as stack:
         if backend is not CPU_BACKEND:
             entry = manifest.engine(backend.name)

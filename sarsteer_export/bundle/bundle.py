@@ -14,7 +14,7 @@ import numpy as np
 
 from calibration.errors import InputError, UnsupportedError
 from calibration.plan import SteeringPlan
-from calibration.requests import load_audio
+from calibration.requests import EmbeddedAudio, load_audio
 from engines.backends import CPU_BACKEND, Runtime, find_backend
 from engines.opening import check_can_run, open_decoder, open_graph
 from sarsteer_export.bundle.frontend import Frontend
@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
+    from calibration.requests import AudioSource
     from engines.backends import Backend
     from engines.runner import DecoderRunner
 
-    Clip = str | Path | NDArray[np.float32] | None
+    Clip = str | AudioSource | NDArray[np.float32] | None
 
 REPLACEMENT = "\ufffd"
 """What a decoder of bytes prints for a character that is not finished yet."""
@@ -211,8 +212,8 @@ class Bundle:
             embeds[number, longest - len(row) :] = row
         return Prompts(embeds, mask)
 
-    def _samples(self, clip: str | Path | NDArray[np.float32]) -> NDArray[np.float32]:
-        if isinstance(clip, (str, Path)):
+    def _samples(self, clip: str | AudioSource | NDArray[np.float32]) -> NDArray[np.float32]:
+        if isinstance(clip, (str, Path, EmbeddedAudio)):
             return load_audio(
                 clip, sampling_rate=self.frontend.sampling_rate, max_seconds=self.frontend.max_audio_seconds
             )

@@ -9,15 +9,19 @@ import click
 
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
 from sarsteer_export.cli.options import (
+    ANY_PATH,
+    DATA,
     FILE,
     FOLDER,
     calibration_options,
     calibration_settings,
+    data_options,
     device_options,
     engine_options,
     engine_settings,
     force_option,
     overflow_option,
+    overlap_option,
     overwrite_option,
     parity_options,
 )
@@ -28,18 +32,20 @@ if TYPE_CHECKING:
 
 @click.command("build", cls=Command)
 @click.argument("model", type=FOLDER)
-@click.option("--harmful", type=FILE, required=True, help="Harmful spoken requests (JSON Lines).")
-@click.option("--benign", type=FILE, required=True, help="Benign spoken requests (JSON Lines).")
+@click.option("--harmful", type=ANY_PATH, required=True, help=f"Harmful spoken requests: {DATA}.")
+@click.option("--benign", type=ANY_PATH, required=True, help="Benign spoken requests, likewise.")
 @click.option("--output", "-o", type=FOLDER, required=True, help="Bundle folder to write.")
 @click.option("--plan", type=FILE, default=None, help="Use this plan instead of calibrating.")
+@data_options
 @calibration_options
 @parity_options
 @click.option(
-    "--eval-harmful", type=FILE, default=None, help="Held-out harmful requests to measure behaviour on."
+    "--eval-harmful", type=ANY_PATH, default=None, help="Held-out harmful requests to measure behaviour on."
 )
 @click.option(
-    "--eval-benign", type=FILE, default=None, help="Held-out benign requests to measure behaviour on."
+    "--eval-benign", type=ANY_PATH, default=None, help="Held-out benign requests to measure behaviour on."
 )
+@overlap_option
 @click.option("--answer-pattern", default=None, help="Regular expression that every real answer matches.")
 @click.option(
     "--max-new-tokens", default=32, show_default=True, help="Longest answer when behaviour is measured."
@@ -65,6 +71,7 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         --harmful examples/pocket_lalm/data/train_harmful.jsonl \\
         --benign examples/pocket_lalm/data/train_benign.jsonl --alpha 0.5 --rank 2
     """
+    from calibration.overlap import AllowedOverlap
     from sarsteer_export.behaviour import Judge
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.parity_run import ParitySettings
@@ -75,6 +82,7 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         parity=ParitySettings(**{name: given.pop(name) for name in ("prompts", "decode_steps", "blocks")}),
         judge=Judge(given.pop("answer_pattern")),
         engine=engine_settings(given),
+        allow_overlap=AllowedOverlap(given.pop("allow_overlap")),
         **given,
     )
     if dry_run:

@@ -9,10 +9,13 @@ import numpy as np
 
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
 from sarsteer_export.cli.options import (
+    ANY_PATH,
+    DATA,
     FILE,
     FOLDER,
     calibration_options,
     calibration_settings,
+    data_options,
     device_options,
     overwrite_option,
 )
@@ -24,9 +27,10 @@ if TYPE_CHECKING:
 
 @click.command("calibrate", cls=Command)
 @click.argument("model", type=FOLDER)
-@click.option("--harmful", type=FILE, required=True, help="Harmful spoken requests (JSON Lines).")
-@click.option("--benign", type=FILE, required=True, help="Benign spoken requests (JSON Lines).")
+@click.option("--harmful", type=ANY_PATH, required=True, help=f"Harmful spoken requests: {DATA}.")
+@click.option("--benign", type=ANY_PATH, required=True, help="Benign spoken requests, likewise.")
 @click.option("--output", "-o", type=FILE, required=True, help="Plan to write (safetensors).")
+@data_options
 @calibration_options
 @device_options
 @overwrite_option

@@ -9,6 +9,8 @@ import click
 from click.core import ParameterSource
 
 from calibration.errors import InputError
+from calibration.overlap import AllowedOverlap
+from calibration.records import OnError, ReadSettings
 from engines.backends import BACKENDS, CPU_BACKEND
 from sarsteer_export.cli.command import options
 
@@ -54,6 +56,37 @@ parity_options = options(
     click.option(
         "--blocks/--no-blocks", default=True, show_default=True, help="Compare every block's output too."
     ),
+)
+DATA = "JSON Lines, JSON, CSV, parquet, a Hugging Face data set or a folder of audio"
+"""What every option that takes requests says of them; `docs/data.md` has each by example."""
+data_options = options(
+    click.option("--prompt", default=None, help="Text of requests that come without one."),
+    *(
+        click.option(
+            f"--{kind}-column",
+            default=None,
+            help=f"Column or JSON field that holds {what}.  [default: {kind}]",
+        )
+        for kind, what in (
+            ("audio", "the clip"),
+            ("text", "the text that goes with it"),
+            ("transcript", "what is said in it"),
+        )
+    ),
+    click.option(
+        "--on-error",
+        type=click.Choice([choice.value for choice in OnError]),
+        default=OnError.STOP.value,
+        show_default=True,
+        help="Bad records and clips: name them and stop, or count them and go on without.",
+    ),
+)
+overlap_option = click.option(
+    "--allow-overlap",
+    type=click.Choice([choice.value for choice in AllowedOverlap]),
+    default=AllowedOverlap.NONE.value,
+    show_default=True,
+    help="What test requests may share with calibration: the same words in other clips, or all.",
 )
 calibration_options = options(
     click.option("--alpha", default=0.1, show_default=True, help="Strength of the steering vectors."),
@@ -141,8 +174,20 @@ def engine_settings(given: dict[str, Any]) -> EngineSettings:
     return EngineSettings(**values)
 
 
+def read_settings(given: dict[str, Any]) -> ReadSettings:
+    """Take the values of `data_options` out of `given`."""
+    names = ("prompt", "audio_column", "text_column", "transcript_column")
+    for name in names:
+        if given[name] == "":
+            raise InputError(f"--{name.replace('_', '-')} is empty; expected a text")
+    return ReadSettings(on_error=OnError(given.pop("on_error")), **{name: given.pop(name) for name in names})
+
+
 def calibration_settings(model: Path, given: dict[str, Any]) -> CalibrationSettings:
-    """Take the values of `calibration_options` out of `given`; negative layers are resolved here and only here."""
+    """Take the values of `calibration_options` and `data_options` out of `given`.
+
+    Negative layers are resolved here and only here.
+    """
     from calibration.calibrate import REFUSAL_PROMPT, CalibrationSettings
     from calibration.directions import SteeringSettings
 
@@ -161,6 +206,7 @@ def calibration_settings(model: Path, given: dict[str, Any]) -> CalibrationSetti
         limit=given.pop("limit"),
         seed=given.pop("seed"),
         batch_size=given.pop("batch_size"),
+        data=read_settings(given),
     )
 
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from calibration.errors import ParityError, UnsupportedError
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
-from sarsteer_export.cli.options import FILE, FOLDER, engine_option, overwrite_option, parity_options
+from sarsteer_export.cli.options import (
+    ANY_PATH,
+    DATA,
+    FILE,
+    FOLDER,
+    data_options,
+    engine_option,
+    overwrite_option,
+    parity_options,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,8 +28,9 @@ if TYPE_CHECKING:
 @click.command("verify", cls=Command)
 @click.argument("bundle", type=FOLDER)
 @click.option("--model", type=FOLDER, required=True, help="Checkpoint the bundle was made from.")
-@click.option("--requests", type=FILE, required=True, help="Spoken requests to compare on (JSON Lines).")
+@click.option("--requests", type=ANY_PATH, required=True, help=f"Spoken requests to compare on: {DATA}.")
 @click.option("--report", type=FILE, default=None, help="Write the report to a .json or .html file.")
+@data_options
 @engine_option
 @parity_options
 @overwrite_option
@@ -34,6 +45,7 @@ def command(
     blocks: bool,
     overwrite: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Run parity again: the bundle folder BUNDLE against the eager model, with negative controls.
 
@@ -56,7 +68,7 @@ def command(
         check_output(report, overwrite=overwrite)
     quiet_transformers()
     settings = ParitySettings(prompts, decode_steps, blocks, backend=engine)
-    found = verify(bundle, model, requests, settings, progress=Progress())
+    found = verify(bundle, model, requests, settings, data=read_settings(given), progress=Progress())
     content = found.to_json() | {"table": found.table()}
     if report is not None:
         page = parity_page(content) if report.suffix == ".html" else json.dumps(content, indent=2) + "\n"

@@ -70,6 +70,9 @@ def test_provenance_says_what_the_plan_was_computed_from(
     versions, largest = provenance.pop("versions"), provenance.pop("largest_magnitude")
     assert versions.keys() == {"sarsteer-export", "torch", "transformers", "numpy"}
     assert versions["numpy"] == np.__version__
+    clips = [
+        request.clip() for path in (harmful_requests, benign_requests) for request in read_requests(path)
+    ]
     template = str(lalm.processor.chat_template).encode()
     assert provenance == {
         "method": "SARSteer (arXiv 2510.17633)",
@@ -80,8 +83,12 @@ def test_provenance_says_what_the_plan_was_computed_from(
         "chat_template_sha256": hashlib.sha256(template).hexdigest(),
         "refusal_prompt": "I cannot assist with that.",
         "prompts": ["please respond to the audio."],
-        "harmful": {"count": 6, "sha256": requests_digest(read_requests(harmful_requests))},
-        "benign": {"count": 5, "sha256": requests_digest(read_requests(benign_requests))},
+        "harmful": {"count": 6, "skipped": 0, "sha256": requests_digest(read_requests(harmful_requests))},
+        "benign": {"count": 5, "skipped": 0, "sha256": requests_digest(read_requests(benign_requests))},
+        "seen": {
+            "clips": sorted(hashlib.sha256(clip.read_bytes()).hexdigest()[:16] for clip in clips),
+            "transcripts": [],
+        },
         "alpha": 0.1,
         "lambda": 1.0,
         "rank": 3,

@@ -93,7 +93,7 @@ def test_a_missing_empty_or_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read as UTF-8 text"):
         read_requests(tmp_path / "binary")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="holds no data that can be read; expected audio files"):
         read_requests(tmp_path)
 
 

@@ -42,6 +42,7 @@ class Inputs:
     def build(self) -> tuple[str | Path, ...]:
         """The arguments of the build that made `bundle_path`, but for its output and `--json`."""
         measured = ("--eval-harmful", self.harmful, "--eval-benign", self.benign, "--max-new-tokens", "4")
+        measured += ("--allow-overlap", "all")
         steering = ("--alpha", str(ALPHA), "--rank", str(RANK))
         return (
             "build",

@@ -114,6 +114,7 @@ def test_parity_of_an_engine_runs_by_itself_after_the_build(
     gpu(graph_of)
     path = tmp_path / "bundle"
     evaluation = ("--eval-harmful", inputs.harmful, "--eval-benign", inputs.benign, "--max-new-tokens", "4")
+    evaluation += ("--allow-overlap", "all")
     build = (*inputs.quick_build, *evaluation, "--engine", "tensorrt-rtx", "--max-batch", "2", "-o", path)
     answer = answered_json(sarsteer(*build, "--json"))
     (entry,) = answer["engines"]

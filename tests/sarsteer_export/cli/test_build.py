@@ -120,7 +120,10 @@ def test_a_build_measures_behaviour_when_it_is_given_requests(
     )
     assert behaviour["identical"] == {"undefended": 1.0, "steered": 1.0}
     report = json.loads((bundle_path / BEHAVIOUR_REPORT).read_text(encoding="utf-8"))
-    assert len(report["table"].splitlines()) == 1 + 8 + 2
+    *rows, overlap = report["table"].splitlines()
+    assert len(rows) == 1 + 8 + 2
+    assert report["overlap"] == {"clips": 11, "transcripts": 0}
+    assert overlap == "requests that calibration saw: 11 by clip, 0 by transcript, which was allowed"
     assert report["rows"] == behaviour["rows"]
 
 
