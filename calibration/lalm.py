@@ -14,6 +14,7 @@ from calibration.checkpoint import fingerprint, read_config
 from calibration.errors import InputError, SarsteerError, UnsupportedError
 from calibration.families.choice import adapter_for
 from calibration.model_adapter import ModelAdapter
+from calibration.placement import check_device_map
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,11 +81,13 @@ def load_lalm(
     adapter: type[ModelAdapter] | None = None,
     parts: PartNames | None = None,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Lalm:
     """Load a checkpoint directory as `from_pretrained` does, ready for inference.
 
     Of a composite model (Qwen-Omni) the part that listens and writes is loaded. `adapter` drives the model
-    instead of the one chosen for its family; `parts` names the decoder's parts. Raises `InputError` when the
+    instead of the one chosen for its family; `parts` names the decoder's parts. `device_map` lets accelerate
+    spread the model over devices, instead of `device`. Raises `InputError` when the
     directory is missing or damaged, or holds no language model.
     """
     folder = Path(path)
@@ -92,7 +95,9 @@ def load_lalm(
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     target = _usable_device(device)
-    checkpoint = Checkpoint(folder, config, DTYPES[dtype], trust_remote_code)
+    if device_map is not None:
+        check_device_map(device_map)
+    checkpoint = Checkpoint(folder, config, DTYPES[dtype], trust_remote_code, device_map)
     adapter = adapter or adapter_for(checkpoint)
     try:
         model, loading = adapter.load_model(checkpoint)
@@ -104,7 +109,9 @@ def load_lalm(
         raise InputError(f"model {folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
     if incomplete := sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"]):
         raise InputError(f"model {folder}: weights missing or of another shape: {', '.join(incomplete[:3])}")
-    model.to(target).eval()
+    if device_map is None:
+        model.to(target)
+    model.eval()
     lalm = Lalm(model, processor, folder, fingerprint(folder), adapter, parts)
     lalm.adapter.check_processor(checkpoint)
     return lalm

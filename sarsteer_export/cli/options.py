@@ -88,6 +88,12 @@ overlap_option = click.option(
     show_default=True,
     help="What test requests may share with calibration: the same words in other clips, or all.",
 )
+resume_option = click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on from where an interrupted calibration of the same inputs stopped.",
+)
 calibration_options = options(
     click.option("--alpha", default=0.1, show_default=True, help="Strength of the steering vectors."),
     click.option(
