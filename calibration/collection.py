@@ -6,6 +6,7 @@ Dimensions: B batch, L decoder blocks, D width.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -224,7 +225,7 @@ class Collection:
 
     def _encoded(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, tuple[Inputs, Inputs | None]]]:
         """Batches with their inputs, those of the next being made while the model runs, if it runs elsewhere."""
-        if input_device(self._lalm.model).type == "cpu":  # the same cores would do both
+        if len(os.sched_getaffinity(0)) < 2:
             yield from ((batch, self._encode(batch)) for batch in batches)
             return
         with ThreadPoolExecutor(max_workers=1) as ahead:

@@ -120,7 +120,9 @@ class LargestMagnitudes:
         self._dtype = hidden_BSD.dtype
 
     def _peaks(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        peaks_BS = torch.linalg.vector_norm(hidden_BSD.detach(), ord=torch.inf, dim=-1).float()
+        # Not vector_norm, which takes 18 times as long on a CPU, nor abs, which makes another such tensor.
+        stream_BSD = hidden_BSD.detach()
+        peaks_BS = torch.maximum(stream_BSD.amax(dim=-1), stream_BSD.amin(dim=-1).neg()).float()
         if self._mask_BT is None:
             return peaks_BS
         attended_BS = self._mask_BT[:, -hidden_BSD.shape[1] :].bool().to(peaks_BS.device)
