@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.checkpoint import processor_digest
+from calibration.checkpoint import hears_audio, processor_digest, read_config
 from calibration.clips import Clips
 from calibration.collection import Collecting, Collection
 from calibration.directions import SteeringSettings, largest_rank, steering_plan
 from calibration.errors import InputError
 from calibration.kept_prompts import KeptStore
-from calibration.lalm import Lalm, load_lalm
+from calibration.lalm import Lalm
+from calibration.model_options import ModelOptions, driven_by
 from calibration.overlap import SEEN, check_kinds, seen_digests
 from calibration.processes import Processes
 from calibration.records import ReadSettings, check_audio_file
@@ -22,7 +24,6 @@ from calibration.unfinished import UnfinishedFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from calibration.plan import SteeringPlan
     from calibration.states import Progress
@@ -80,27 +81,31 @@ def calibrate(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    loading: ModelOptions | None = None,
     progress: Progress | None = None,
     run: CalibrationRun | None = None,
 ) -> SteeringPlan:
     """Compute the SARSteer plan of a model (METHOD: refusal direction, safe subspace, ablation).
 
-    `model`: a checkpoint directory, or a model already loaded. `harmful`, `benign`: spoken requests in any format of
-    `docs/data.md`, or read already. How large the residual stream gets, with and without the plan, goes into its
-    provenance. Raises `InputError` for a bad model, bad requests, a clip that is in both sets or fewer than two
-    benign ones, and where the stream overflows the model's dtype.
+    `model`: a checkpoint directory, loaded as `loading` says, or a model already loaded. `harmful`, `benign`: spoken
+    requests in any format of `docs/data.md`, or read already. How large the residual stream gets, with and without
+    the plan, goes into its provenance. Raises `InputError` for a bad model, bad requests, a clip that is in both
+    sets or fewer than two benign ones, and where the stream overflows the model's dtype.
     """
     settings, run = settings or CalibrationSettings(), run or CalibrationRun()
     if not settings.refusal_prompt:
         raise InputError("the refusal prompt is empty; without it there is no refusal direction")
-    harmful_set, benign_set = (calibration_set(data, settings) for data in (harmful, benign))
+    hears = model.hears if isinstance(model, Lalm) else hears_audio(read_config(Path(model)))
+    harmful_set, benign_set = (calibration_set(data, settings, hears=hears) for data in (harmful, benign))
     check_benign_count(benign_set.requests, benign_set.source)
     check_kinds(harmful_set.requests, benign_set.requests)
     if isinstance(model, Lalm):
         lalm = model
     else:
         device = run.processes.device(device)
-        lalm = load_lalm(model, device=device, dtype=dtype, device_map=run.device_map)
+        lalm = (loading or ModelOptions()).load(
+            model, device=device, dtype=dtype, device_map=run.device_map
+        )
     clips = Clips(lalm)
     harmful_set, benign_set = (
         data.checked(clips.check, settings.data.on_error) for data in (harmful_set, benign_set)
@@ -123,14 +128,21 @@ def _key(lalm: Lalm, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """All that the statistics depend on, of what goes into a plan's provenance; its strength and rank do not."""
     names = ("model_fingerprint", "model_dtype", "chat_template_sha256", "refusal_prompt", "harmful", "benign")
     named = {name: provenance[name] for name in (*names, "versions")}
-    return {**named, "processor": processor_digest(lalm.path), "adapter": lalm.adapter_type.__name__}
+    driven = provenance.get("model_driven_by")
+    return {**named, "processor": processor_digest(lalm.path), "model_driven_by": driven}
 
 
-def calibration_set(data: str | Path | RequestSet, settings: CalibrationSettings) -> RequestSet:
-    """The requests to calibrate on, of which every clip is there and has a header that can be read."""
+def calibration_set(
+    data: str | Path | RequestSet, settings: CalibrationSettings, *, hears: bool = True
+) -> RequestSet:
+    """The requests to calibrate on, of which every clip is there and has a header that can be read.
+
+    `hears`: whether the model takes audio; where it does not, records are text alone.
+    """
     if isinstance(data, RequestSet):
         return data
-    found = read_request_set(data, limit=settings.limit, seed=settings.seed, settings=settings.data)
+    how = replace(settings.data, require_audio=hears)
+    found = read_request_set(data, limit=settings.limit, seed=settings.seed, settings=how)
     return found.checked(check_audio_file, settings.data.on_error)
 
 
@@ -142,6 +154,7 @@ def calibration_provenance(
 ) -> dict[str, Any]:
     """What a plan was computed from, as JSON: model, data, prompts, settings and library versions."""
     steering = asdict(settings.steering)
+    driven = driven_by(lalm)
     requests = (*harmful.requests, *benign.requests)
     return {
         "method": "SARSteer (arXiv 2510.17633)",
@@ -149,6 +162,7 @@ def calibration_provenance(
         "model_id": lalm.path.resolve().name,
         "model_dtype": str(lalm.model.dtype).removeprefix("torch."),
         "model_fingerprint": lalm.fingerprint,
+        **({} if driven is None else {"model_driven_by": driven}),
         "chat_template_sha256": hashlib.sha256(str(lalm.adapter.chat_template).encode()).hexdigest(),
         "refusal_prompt": settings.refusal_prompt,
         "prompts": sorted({request.text for request in requests})[:20],

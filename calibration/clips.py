@@ -29,8 +29,11 @@ class Clips:
         self._samples: dict[SpokenRequest, int] = {}
 
     def check(self, request: SpokenRequest) -> None:
-        """Read a clip. Raises `InputError` naming it when it is none that the model can take."""
+        """Read a clip, if the model hears. Raises `InputError` naming it when it is none that the model can take."""
         clip = check_clip(self._lalm, request)
+        if clip is None:
+            self._samples[request] = 0
+            return
         self._samples[request] = clip.size
         if clip.nbytes <= self._room and request not in self._kept:
             self._room -= clip.nbytes
@@ -42,8 +45,10 @@ class Clips:
             self.check(request)
         return self._samples[request]
 
-    def load(self, requests: Sequence[SpokenRequest]) -> list[NDArray[np.float32]]:
-        """The clips of some requests, each (samples,) float32."""
+    def load(self, requests: Sequence[SpokenRequest]) -> list[NDArray[np.float32]] | None:
+        """The clips of some requests, each (samples,) float32; None for a model that hears none."""
+        if not self._lalm.hears:
+            return None
         return [
             self._kept[request] if request in self._kept else load_clips(self._lalm, [request])[0]
             for request in requests

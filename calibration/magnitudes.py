@@ -21,7 +21,7 @@ import torch
 
 from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, encode_requests
-from calibration.states import hidden_of, load_clips
+from calibration.states import heard_clips, hidden_of
 from calibration.steered import steered
 from calibration.token_positions import attended_tokens
 
@@ -182,7 +182,7 @@ def steered_magnitudes(
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
             texts = [request.text for request in batch]
-            lalm.model(**encode_requests(lalm, texts, load_clips(lalm, batch)), use_cache=False)
+            lalm.model(**encode_requests(lalm, texts, heard_clips(lalm, batch)), use_cache=False)
             if progress is not None:
                 progress("steered", start + len(batch), len(requests))
     return record.per_block(steered=True)

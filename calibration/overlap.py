@@ -132,9 +132,8 @@ def check_kinds(harmful: Sequence[SpokenRequest], benign: Sequence[SpokenRequest
             _logger.warning("%d of %d %s requests are copies of others", twice, len(requests), kind)
     shared = _overlap(_digests(harmful), benign)
     if shared.clips:
-        _refuse(
-            "requests are harmful and benign at once", shared.clips, len(benign), "take them out of one set"
-        )
+        what = "benign requests are clips that are harmful ones, too"
+        _refuse(what, shared.clips, len(benign), "take them out of one set")
     if shared.transcripts:
         _logger.warning(
             "%d of %d benign requests say what a harmful one says, such as %s",

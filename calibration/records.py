@@ -71,7 +71,7 @@ class SpokenRequest:
     def clip(self) -> AudioSource:
         """The audio. Raises `InputError` for a request that is text alone."""
         if self.audio is None:
-            raise InputError(f"{self.where or self.text!r}: is text alone; expected audio")
+            raise InputError(f"{self.where or repr(self.text)}: is text alone; expected audio")
         return self.audio
 
     def __str__(self) -> str:
@@ -120,9 +120,13 @@ def to_request(record: Record, source: RecordSource, settings: ReadSettings) -> 
     transcript = record.fields.get(source.transcript)
     if text is None:
         text = settings.prompt if settings.prompt is not None else source.prompt
-    needed = {source.audio: (audio, settings.require_audio), source.text: (text, True)}
-    for name, (value, required) in (needed | {source.transcript: (transcript, False)}).items():
-        if (value is None and not required) or isinstance(value, EmbeddedAudio):
+    embedded = isinstance(audio, EmbeddedAudio)
+    for name, value, required in (
+        (source.audio, None if embedded else audio, settings.require_audio and not embedded),
+        (source.text, text, True),
+        (source.transcript, transcript, False),
+    ):
+        if value is None and not required:
             continue
         if not isinstance(value, str) or not value:
             return BadRecord(record.where, f"{name} is {value!r}; expected a non-empty string")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from calibration.errors import InputError
+from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, audio_token_count, encode_requests
 from calibration.requests import SpokenRequest, check_requests, load_audio
 from calibration.token_positions import last_attended
@@ -51,6 +51,11 @@ def hidden_of(output: Any) -> torch.Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, torch.Tensor):
         raise TypeError(f"a decoder block returned {type(output).__name__}; expected a tensor or a tuple")
+    if hidden.ndim != 3:
+        raise UnsupportedError(
+            f"a decoder block returned a tensor of shape {tuple(hidden.shape)}; expected one residual stream "
+            "(batch, sequence, width)"
+        )
     return hidden
 
 
@@ -115,6 +120,11 @@ def load_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> list[NDArray[np
     ]
 
 
+def heard_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> list[NDArray[np.float32]] | None:
+    """The clips as `encode_requests` takes them: None for a model that hears nothing."""
+    return load_clips(lalm, requests) if lalm.hears else None
+
+
 def check_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> None:
     """Read every clip once and drop it, so that bad ones are found before the model has worked for an hour.
 
@@ -123,11 +133,16 @@ def check_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> None:
     check_requests(requests, lambda request: check_clip(lalm, request))
 
 
-def check_clip(lalm: Lalm, request: SpokenRequest) -> NDArray[np.float32]:
-    """A clip that the model can take, (samples,) float32.
+def check_clip(lalm: Lalm, request: SpokenRequest) -> NDArray[np.float32] | None:
+    """A clip that the model can take, (samples,) float32; None for a model that hears none.
 
-    Raises `InputError` naming it when it cannot be read or is too short or too long for the model.
+    Raises `InputError` naming it when it cannot be read or is too short or too long for the model. A model that hears
+    takes no text alone, and one that does not no clips.
     """
+    if not lalm.hears:
+        if request.audio is not None:
+            raise InputError(f"{request}: the model hears no audio; expected a record of text alone")
+        return None
     (clip,) = load_clips(lalm, [request])
     if clip.size < MAYBE_SHORT_SECONDS * lalm.sampling_rate:
         tokens = audio_token_count(lalm, clip)
@@ -157,7 +172,7 @@ def collect_states(
         batches = []
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
-            audios = load_clips(lalm, batch)
+            audios = heard_clips(lalm, batch)
             batches.append(last_position_states(lalm, [request.text + suffix for request in batch], audios))
             if progress is not None:
                 progress(stage, start + len(batch), len(requests))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.engine_build import EngineSettings, build_engines
     from sarsteer_export.exporting.export import export
+    from sarsteer_export.interchange.convert import ConversionSettings, convert
+    from sarsteer_export.interchange.fitting import AllowedLosses
     from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.patching import PatchSettings, patch, unpatch
     from sarsteer_export.pipeline import build
@@ -31,11 +33,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Add": "calibration.plan",
+    "AllowedLosses": "sarsteer_export.interchange.fitting",
     "AuditReport": "graph_passes.audit_report",
     "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
     "CombineRule": "calibration.combine",
+    "ConversionSettings": "sarsteer_export.interchange.convert",
     "EngineSettings": "sarsteer_export.engine_build",
     "LastFrom": "graph_passes.selection",
     "ParitySettings": "sarsteer_export.parity_run",
@@ -54,6 +58,7 @@ _HOMES = {
     "build_engines": "sarsteer_export.engine_build",
     "calibrate": "calibration.calibrate",
     "combine_plans": "calibration.combine",
+    "convert": "sarsteer_export.interchange.convert",
     "export": "sarsteer_export.exporting.export",
     "load_bundle": "sarsteer_export.bundle.bundle",
     "patch": "sarsteer_export.patching",
@@ -65,11 +70,13 @@ _HOMES = {
 
 __all__ = [
     "Add",
+    "AllowedLosses",
     "AuditReport",
     "BuildSettings",
     "Bundle",
     "CalibrationSettings",
     "CombineRule",
+    "ConversionSettings",
     "EngineSettings",
     "LastFrom",
     "ParitySettings",
@@ -88,6 +95,7 @@ __all__ = [
     "build_engines",
     "calibrate",
     "combine_plans",
+    "convert",
     "export",
     "load_bundle",
     "patch",

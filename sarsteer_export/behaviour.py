@@ -184,7 +184,7 @@ def eager_answers(
     lalm: Lalm, requests: Sequence[SpokenRequest], plan: SteeringPlan | None, *, max_new_tokens: int
 ) -> list[str]:
     """Greedy answers of the eager model to a batch of requests, steered by `plan` if there is one."""
-    clips = load_clips(lalm, requests)
+    clips = load_clips(lalm, requests) if lalm.hears else None
     inputs = encode_requests(lalm, [request.text for request in requests], clips)
     inputs.pop("position_ids")  # `generate` counts positions itself, over attended tokens
     model: Any = lalm.model

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.calibrate import CalibrationSettings, calibration_set
 from calibration.checkpoint import (
-    check_audio_language_model,
     fingerprint,
+    hears_audio,
     processor_digest,
     read_config,
 )
 from calibration.errors import InputError, UnsupportedError
+from calibration.model_options import ModelOptions
 from calibration.overlap import AllowedOverlap, Overlap, check_disjoint, check_kinds, check_unseen
 from calibration.plan import PositionKind, SteeringPlan, check_plan_fits
 from calibration.records import check_audio_file
@@ -34,7 +35,7 @@ from sarsteer_export.behaviour import Judge
 from sarsteer_export.bundle_engines import check_engines
 from sarsteer_export.engine_build import EngineSettings
 from sarsteer_export.exporting.contract import cache_input_names
-from sarsteer_export.exporting.export import OPSET
+from sarsteer_export.exporting.tracing import OPSET
 from sarsteer_export.parity_run import ParitySettings
 from sarsteer_export.range_guard import PROVENANCE_KEY
 from sarsteer_export.versions import installed_versions
@@ -66,8 +67,8 @@ class BuildSettings:
 
     `plan`: a ready plan file; calibration is then skipped, and `harmful` and `benign` serve parity alone.
     `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none. `allow_overlap`: what
-    they may share with the calibration set. `engine`: what to build beside the ONNX graphs. `allow_overflow`: build
-    even where calibration saw values that float16 cannot square.
+    they may share with the calibration set. `engine`: what to build beside the ONNX graphs. `loading`: how the model
+    is loaded and driven. `allow_overflow`: build even where calibration saw values that float16 cannot square.
     """
 
     harmful: Path
@@ -83,6 +84,7 @@ class BuildSettings:
     allow_overflow: bool = False
     max_new_tokens: int = 32
     keep_unsteered: bool = True
+    loading: ModelOptions = field(default_factory=ModelOptions)
     device: str = "cpu"
     dtype: str = "float32"
     force: bool = False
@@ -135,6 +137,14 @@ class BuildInputs:
         """The requests that were held out, by kind; none where behaviour is not measured."""
         return {kind: found.requests for kind, found in self.held_out.items()}
 
+    @property
+    def held_out_counts(self) -> dict[str, dict[str, int]]:
+        """How many requests of each kind were held out, and how many skipped."""
+        return {
+            kind: {"count": len(found.requests), "skipped": len(found.skipped)}
+            for kind, found in self.held_out.items()
+        }
+
     def checked(self, check: Callable[[SpokenRequest], None], on_error: OnError) -> BuildInputs:
         """The same without the requests that `check` refuses, as `RequestSet.checked` has it."""
         calibration, held_out = (
@@ -152,9 +162,13 @@ def engine_stage(backend: str) -> str:
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     """Read and check what a build starts from, as far as that goes without loading the model."""
     config = read_config(model)
-    check_audio_language_model(model, config)
+    hears = (
+        hears_audio(config) or settings.loading != ModelOptions()
+    )  # else its adapter, or its own code, says it
     identity = fingerprint(model)
     chosen = settings.calibration
+    if not hears:  # its requests are texts alone
+        chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, require_audio=False))
     calibration_sets = {
         kind: calibration_set(data, chosen)
         for kind, data in (("harmful", settings.harmful), ("benign", settings.benign))
@@ -171,7 +185,13 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         check_benign_count(benign, settings.benign)
         check_kinds(harmful, benign)
         overlap = check_disjoint((*harmful, *benign), tested, settings.allow_overlap)
-    common = [identity, processor_digest(model), settings.dtype, installed_versions(*PACKAGES)]
+    common: list[Any] = [
+        identity,
+        processor_digest(model),
+        settings.loading.identity(model),
+        settings.dtype,
+        installed_versions(*PACKAGES),
+    ]
     magnitudes: Any = None
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.calibrate import calibrate
 from calibration.checkpoint import parameter_count
-from calibration.errors import InputError, ParityError
-from calibration.lalm import Lalm, load_lalm
+from calibration.errors import InputError, ParityError, UnsupportedError
+from calibration.model_options import driven_by
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.states import check_clip
 from engines.backends import Runtime
@@ -37,11 +37,10 @@ from sarsteer_export.build_inputs import (
 )
 from sarsteer_export.build_reuse import copy_engine, copy_export, earlier_bundle, reusable_stages
 from sarsteer_export.bundle.bundle import Bundle
-from sarsteer_export.bundle.frontend import check_extractor
 from sarsteer_export.bundle.manifest import (
-    AUDIO_ENCODER,
     BEHAVIOUR_REPORT,
-    EMBED_TOKENS,
+    COMPONENTS,
+    FRONTEND,
     MANIFEST,
     ONNX_FOLDER,
     PARITY_PAGE,
@@ -54,6 +53,7 @@ from sarsteer_export.bundle.manifest import (
     describe_files,
 )
 from sarsteer_export.bundle_engines import add_engine, prove_engine, rows_of
+from sarsteer_export.bundle_frontend import frontend_of, missing_frontend, write_frontend
 from sarsteer_export.exporting.export import export
 from sarsteer_export.parity_run import ParityRun, parity_requests
 from sarsteer_export.prompt_lengths import Asked, check_prompts
@@ -66,7 +66,7 @@ from sarsteer_export.versions import installed_versions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from calibration.overlap import Overlap
+    from calibration.lalm import Lalm
     from calibration.states import Progress
 
 
@@ -94,7 +94,7 @@ class BuildResult:
     """A finished bundle, its reports as JSON, its engines, and the stages taken from an earlier build.
 
     `engine_behaviour`: behaviour on every engine that it was measured on, by the engine's label; each report holds
-    its table.
+    its table. `data`: what was calibrated on and what was held out, by kind, counted.
     """
 
     path: Path
@@ -105,6 +105,7 @@ class BuildResult:
     engines: tuple[EngineEntry, ...]
     engine_behaviour: dict[str, dict[str, Any]]
     reused: tuple[str, ...]
+    data: dict[str, dict[str, Any]]
 
 
 def build(
@@ -126,10 +127,10 @@ def build(
     check_output(target, overwrite=settings.overwrite)
     _check_space(target, _needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
-        lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
+        lalm = settings.loading.load(inputs.model, device=settings.device, dtype=settings.dtype)
         inputs = inputs.checked(lambda request: check_clip(lalm, request), settings.calibration.data.on_error)
         check_prompts_fit(lalm, inputs, settings)
-        _write_frontend(lalm, folder)
+        write_frontend(lalm, folder)
         plan = (
             SteeringPlan.load(target / PLAN)
             if settings.plan is None and "calibrate" in reusable
@@ -139,12 +140,20 @@ def build(
         plan.save(folder / PLAN)
         if earlier is not None and "export" in reusable:
             copy_export(target, earlier, folder)
+            missing = earlier.missing
         else:
-            export_components(lalm, folder, progress)
+            missing = export_components(lalm, folder, progress)
+        missing |= missing_frontend(lalm)
+        if missing and inputs.evaluation:
+            raise UnsupportedError(
+                "behaviour cannot be measured on a bundle that hears nothing: "
+                + "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+                + "; leave out --eval-harmful and --eval-benign"
+            )
         patched = patch_model(read_graph(folder / UNSTEERED_DECODER), plan, force=settings.force)
         check_range(plan, patched.model, allow_overflow=settings.allow_overflow)
         write_graph(patched.model, folder / STEERED_DECODER)
-        manifest = describe(lalm, plan, patched, inputs, folder)
+        manifest = describe(lalm, plan, patched, inputs, folder, missing)
         manifest.write(folder)
         report, behaviour = prove(folder, lalm, plan, inputs, settings, progress)
         kept = () if earlier is None else earlier.engines
@@ -165,8 +174,8 @@ def build(
             for entry, judged in proven
             if inputs.evaluation and judged.verdict is Verdict.PASSED
         ]
-        manifest = finish(folder, manifest, report, proven, behaviour, measured, inputs.overlap, settings)
-    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs.overlap)
+        manifest = finish(folder, manifest, report, proven, behaviour, measured, inputs, settings)
+    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs)
     return BuildResult(
         path=target,
         parity=report.to_json(),
@@ -174,8 +183,9 @@ def build(
         behaviour=measured_on_graphs,
         behaviour_table=None if measured_on_graphs is None else measured_on_graphs["table"],
         engines=manifest.engines,
-        engine_behaviour={entry.label: _with_table(found, inputs.overlap) for entry, found in measured},
+        engine_behaviour={entry.label: _with_table(found, inputs) for entry, found in measured},
         reused=reusable,
+        data=_data_counts(plan, measured_on_graphs),
     )
 
 
@@ -256,20 +266,29 @@ def make_plan(
     return calibrate(lalm, sets["harmful"], sets["benign"], settings.calibration, progress=progress)
 
 
-def export_components(lalm: Lalm, folder: Path, progress: Progress | None) -> None:
-    """Export the model into a bundle folder; its decoder is the unsteered one."""
-    export(lalm, folder / ONNX_FOLDER, progress=progress).decoder.rename(folder / UNSTEERED_DECODER)
+def export_components(lalm: Lalm, folder: Path, progress: Progress | None) -> dict[str, str]:
+    """Export the model into a bundle folder; its decoder is the unsteered one. What is missing, with reasons."""
+    exported = export(lalm, folder / ONNX_FOLDER, progress=progress)
+    exported.decoder.rename(folder / UNSTEERED_DECODER)
+    return dict(exported.missing)
 
 
 def describe(
-    lalm: Lalm, plan: SteeringPlan, patched: PatchResult, inputs: BuildInputs, folder: Path
+    lalm: Lalm,
+    plan: SteeringPlan,
+    patched: PatchResult,
+    inputs: BuildInputs,
+    folder: Path,
+    missing: dict[str, str],
 ) -> Manifest:
-    """The manifest of a bundle folder, before it was proven."""
-    config: Any = lalm.model.config
+    """The manifest of a bundle folder, before it was proven; `missing`: what is not in it, with reasons."""
+    driven = driven_by(lalm)
     generation: Any = lalm.model.generation_config
     end = generation.eos_token_id
     graphs = {}
-    for file in (STEERED_DECODER, AUDIO_ENCODER, EMBED_TOKENS):
+    for file in COMPONENTS.values():
+        if not (folder / file).exists():
+            continue
         graph = read_graph(folder / file)
         graphs[file.as_posix()] = {
             "inputs": [dataclasses.asdict(port) for port in graph_inputs(graph)],
@@ -281,11 +300,15 @@ def describe(
             "class": type(lalm.model).__name__,
             "fingerprint": lalm.fingerprint,
             "dtype": str(lalm.model.dtype).removeprefix("torch."),
+            **({} if driven is None else {"driven_by": driven}),
+            FRONTEND: frontend_of(lalm),
+            "adapter": lalm.adapter_type.__name__,
+            "missing": missing,
         },
         tokens={
-            "audio": int(config.audio_token_id),
+            "audio": lalm.adapter.audio_token_id,
             "end": [end] if isinstance(end, int) else list(end or []),
-            "pad": lalm.processor.tokenizer.pad_token_id,
+            "pad": lalm.tokenizer.pad_token_id,
         },
         graphs=graphs,
         plan_sha256=plan.digest(),
@@ -370,7 +393,7 @@ def finish(
     proven: Sequence[tuple[EngineEntry, ParityReport]],
     behaviour: BehaviourReport | None,
     measured: Sequence[tuple[EngineEntry, BehaviourReport]],
-    overlap: Overlap,
+    inputs: BuildInputs,
     settings: BuildSettings,
 ) -> Manifest:
     """Write the reports and the final manifest."""
@@ -378,9 +401,9 @@ def finish(
     for entry, judged in proven:
         _write_parity(folder / entry.report, judged)
     if behaviour is not None:
-        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, overlap))
+        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, inputs))
     for entry, found in measured:
-        _write_json(folder / entry.behaviour, _with_table(found, overlap))
+        _write_json(folder / entry.behaviour, _with_table(found, inputs))
     if not settings.keep_unsteered:
         (folder / UNSTEERED_DECODER).unlink()
     parity = {"verdict": report.verdict.value, "backend": report.backend, "precision": report.precision}
@@ -399,23 +422,29 @@ def _check_verdict(engine: str, report: ParityReport, *good: Verdict) -> None:
         )
 
 
-def _with_table(report: BehaviourReport, overlap: Overlap) -> dict[str, Any]:
-    """A report on behaviour as JSON, which says how many of the requests were no new ones."""
-    table = report.table()
+def _data_counts(plan: SteeringPlan, behaviour: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """What a plan says of its calibration sets, and what a report on behaviour says of those held out."""
+    known = {kind: plan.provenance[kind] for kind in ("harmful", "benign") if kind in plan.provenance}
+    held_out = {} if behaviour is None else behaviour.get("held_out", {})
+    return known | {f"eval_{kind}": counts for kind, counts in held_out.items()}
+
+
+def _with_table(report: BehaviourReport, inputs: BuildInputs) -> dict[str, Any]:
+    """A report on behaviour as JSON, which says how many requests were skipped, and how many were no new ones."""
+    table, overlap = report.table(), inputs.overlap
     if any(overlap.counts.values()):
         table += f"\nrequests that calibration saw: {overlap.text()}, which was allowed"
-    return report.to_json() | {"overlap": overlap.counts, "table": table}
+    return report.to_json() | {
+        "held_out": inputs.held_out_counts,
+        "overlap": overlap.counts,
+        "table": table,
+    }
 
 
 def _write_parity(path: Path, report: ParityReport) -> None:
     path.parent.mkdir(exist_ok=True)
     _write_json(path, report.to_json() | {"table": report.table()})
     path.with_suffix(PARITY_PAGE.suffix).write_text(parity_page(report.to_json()), encoding="utf-8")
-
-
-def _write_frontend(lalm: Lalm, folder: Path) -> None:
-    check_extractor(lalm.processor.feature_extractor.to_dict())
-    lalm.processor.save_pretrained(folder)
 
 
 def _needed_bytes(model: Path, settings: BuildSettings) -> int:
@@ -457,6 +486,7 @@ def _up_to_date(target: Path, manifest: Manifest) -> BuildResult:
             if (target / entry.behaviour).is_file()
         },
         reused=tuple(manifest.stages),
+        data=_data_counts(SteeringPlan.load(target / PLAN), behaviour),
     )
 
 

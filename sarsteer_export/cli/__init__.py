@@ -13,6 +13,7 @@ COMMANDS = {
     "build": "Calibrate, export, patch and prove a model; write a bundle.",
     "calibrate": "Compute the steering plan of a model from spoken requests.",
     "export": "Export a model to ONNX, unsteered.",
+    "convert": "Convert plans to and from the vector files of other tools.",
     "patch": "Bake a plan into an ONNX decoder.",
     "unpatch": "Take the steering out of a steered ONNX decoder.",
     "build-engine": "Build TensorRT engines of an ONNX file.",

@@ -15,11 +15,13 @@ from sarsteer_export.cli.options import (
     FOLDER,
     calibration_options,
     calibration_settings,
+    chosen_model_options,
     data_options,
     device_options,
     engine_options,
     engine_settings,
     force_option,
+    model_options,
     overflow_option,
     overlap_option,
     overwrite_option,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     "--keep-unsteered/--no-unsteered", default=True, show_default=True, help="Ship the unsteered decoder too."
 )
 @device_options
+@model_options
 @engine_options
 @overflow_option
 @click.option("--dry-run", is_flag=True, help="Say what would happen and what it needs; write nothing.")
@@ -77,8 +80,10 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
     from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.pipeline import build, preview
 
+    loading = chosen_model_options(given)
     settings = BuildSettings(
-        calibration=calibration_settings(model, given),
+        calibration=calibration_settings(model, given, trust_remote_code=loading.trust_remote_code),
+        loading=loading,
         parity=ParitySettings(**{name: given.pop(name) for name in ("prompts", "decode_steps", "blocks")}),
         judge=Judge(given.pop("answer_pattern")),
         engine=engine_settings(given),
@@ -114,5 +119,6 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         "engines": [dataclasses.asdict(entry) for entry in result.engines],
         "engine_behaviour": result.engine_behaviour,
         "reused": list(result.reused),
+        "data": result.data,
     }
     emit(summary, "\n\n".join(parts), as_json=as_json)

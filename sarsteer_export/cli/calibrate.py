@@ -16,8 +16,10 @@ from sarsteer_export.cli.options import (
     FOLDER,
     calibration_options,
     calibration_settings,
+    chosen_model_options,
     data_options,
     device_options,
+    model_options,
     overwrite_option,
     resume_option,
 )
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     help="Let accelerate spread the model over all devices, instead of --device.",
 )
 @resume_option
+@model_options
 @overwrite_option
 def command(
     model: Path,
@@ -77,12 +80,20 @@ def command(
                 f"--device-map spreads one model over all devices; {processes.count} processes would each do so; "
                 "use --device cuda, or one process"
             )
-        settings = calibration_settings(model, given)
+        loading = chosen_model_options(given)
+        settings = calibration_settings(model, given, trust_remote_code=loading.trust_remote_code)
         check_output(output, overwrite=overwrite)
         quiet_transformers()
-        run = CalibrationRun(device_map, unfinished_of(output), resume, processes)
         plan = calibrate(
-            model, harmful, benign, settings, device=device, dtype=dtype, progress=Progress(), run=run
+            model,
+            harmful,
+            benign,
+            settings,
+            device=device,
+            dtype=dtype,
+            loading=loading,
+            progress=Progress(),
+            run=CalibrationRun(device_map, unfinished_of(output), resume, processes),
         )
         if processes.first:
             with staged_file(output, overwrite=overwrite) as staged:

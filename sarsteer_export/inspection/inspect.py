@@ -11,6 +11,7 @@ from sarsteer_export.inspection.bundle import inspect_bundle
 from sarsteer_export.inspection.engine import inspect_engine
 from sarsteer_export.inspection.graph import inspect_graph
 from sarsteer_export.inspection.plan import inspect_plan
+from sarsteer_export.inspection.vectors import inspect_vectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look into a plan (`.safetensors`), an ONNX file (`.onnx`), an engine (`.engine`) or a bundle (a folder)."""
+    """Look into a plan (`.safetensors`), an ONNX file, an engine, a bundle folder or a file that `convert` reads."""
     source = Path(path)
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")
@@ -27,7 +28,8 @@ def inspect(path: str | Path) -> Inspection:
         return inspect_bundle(source)
     if source.suffix not in READERS:
         raise InputError(
-            f"{source}: expected a plan (.safetensors), an ONNX file (.onnx), an engine (.engine) or a bundle folder"
+            f"{source}: expected a plan (.safetensors), an ONNX file (.onnx), an engine (.engine), a bundle folder, or "
+            "vectors of another tool (.gguf, .svec, .pt, .pth)"
         )
     return READERS[source.suffix](source)
 
@@ -36,5 +38,6 @@ READERS: dict[str, Callable[[Path], Inspection]] = {
     ".safetensors": inspect_plan,
     ".onnx": inspect_graph,
     ENGINE_SUFFIX: inspect_engine,
+    **dict.fromkeys((".gguf", ".svec", ".pt", ".pth"), inspect_vectors),
 }
 """What reads a file, by its suffix."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.overlap import SEEN
 from calibration.plan import SteeringPlan
 from sarsteer_export.inspection.found import Inspection
 from sarsteer_export.range_guard import PROVENANCE_KEY, plan_magnitudes
@@ -41,6 +42,9 @@ def inspect_plan(path: Path) -> Inspection:
     shown = dict(plan.provenance)
     if (found := plan_magnitudes(plan)) is not None:
         shown[PROVENANCE_KEY] = f"{max(found.unsteered):g} unsteered, {max(found.steered):g} steered"
+    if isinstance(seen := shown.get(SEEN), dict):
+        kinds = {kind: digests for kind, digests in seen.items() if isinstance(digests, list)}
+        shown[SEEN] = ", ".join(f"{len(digests)} {kind}" for kind, digests in kinds.items())
     lines += [f"  {name}: {value}" for name, value in shown.items()]
     content = {
         "kind": "plan",

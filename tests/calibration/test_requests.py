@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.errors import InputError
-from calibration.requests import SpokenRequest, load_audio, read_requests, requests_digest
+from calibration.requests import SpokenRequest, read_requests, requests_digest
 
 RATE = 16_000
 
@@ -111,82 +111,6 @@ def test_a_limit_draws_the_same_subset_for_the_same_seed_in_file_order(tmp_path:
 def test_a_limit_that_is_not_exceeded_changes_nothing(tmp_path: Path, limit: int | None) -> None:
     path = write_lines(tmp_path, *(json.dumps({"audio": f"{n}.wav", "text": "x"}) for n in range(50)))
     assert len(read_requests(path, limit=limit)) == 50
-
-
-# ----------------------------------------------------------------------------------------------------- audio
-
-
-def test_a_clip_at_the_model_rate_comes_back_sample_for_sample(tmp_path: Path) -> None:
-    clip = tone().astype(np.float32)
-    soundfile.write(tmp_path / "a.wav", clip, RATE, subtype="FLOAT")
-    loaded = load_audio(tmp_path / "a.wav", sampling_rate=RATE)
-    assert loaded.dtype == np.float32
-    np.testing.assert_array_equal(loaded, clip)
-
-
-@pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])
-def test_another_rate_is_resampled(tmp_path: Path, rate: int) -> None:
-    soundfile.write(tmp_path / "a.wav", tone(rate=rate), rate, subtype="FLOAT")
-    loaded = load_audio(tmp_path / "a.wav", sampling_rate=RATE)
-    assert loaded.dtype == np.float32
-    assert loaded.shape == (RATE // 2,)
-    middle = slice(RATE // 8, 3 * RATE // 8)
-    # soxr's HQ filter is flat in its pass band: measured 4e-7
-    np.testing.assert_allclose(loaded[middle], tone()[middle], rtol=0, atol=5e-6)
-
-
-def test_stereo_becomes_the_mean_of_its_channels(tmp_path: Path) -> None:
-    left, right = tone().astype(np.float32), tone(hertz=700).astype(np.float32)
-    soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), RATE, subtype="FLOAT")
-    np.testing.assert_array_equal(
-        load_audio(tmp_path / "a.wav", sampling_rate=RATE), (left + right) / np.float32(2)
-    )
-
-
-def test_flac_is_read(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.flac", tone(), RATE)
-    loaded = load_audio(tmp_path / "a.flac", sampling_rate=RATE)
-    np.testing.assert_allclose(loaded, tone(), rtol=0, atol=2**-15)  # 16-bit quantisation
-
-
-@pytest.mark.parametrize(
-    ("clip", "message"),
-    [
-        (np.zeros(0), "holds no samples"),
-        (np.zeros(RATE), "is silent"),
-        (np.full(RATE, 5e-5), "is silent"),
-        (np.r_[tone(), np.nan], "NaN or infinite"),
-        (np.r_[tone(), np.inf], "NaN or infinite"),
-        (tone(seconds=2.5), "lasts 2.50 s; the model hears at most 2 s"),
-    ],
-    ids=["empty", "zeros", "faint", "NaN", "infinite", "too long"],
-)
-def test_a_bad_clip_is_refused_with_its_name(tmp_path: Path, clip: np.ndarray, message: str) -> None:
-    soundfile.write(tmp_path / "bad.wav", clip, RATE, subtype="FLOAT")
-    with pytest.raises(InputError, match=re.escape(f"audio {tmp_path / 'bad.wav'}: ") + ".*" + message):
-        load_audio(tmp_path / "bad.wav", sampling_rate=RATE, max_seconds=2)
-
-
-def test_a_clip_as_long_as_the_model_hears_is_accepted(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.wav", tone(seconds=2), RATE)
-    assert load_audio(tmp_path / "a.wav", sampling_rate=RATE, max_seconds=2).shape == (2 * RATE,)
-
-
-def test_a_clip_that_resampling_leaves_nothing_of_is_refused(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.wav", np.array([0.5]), 192_000, subtype="FLOAT")
-    with pytest.raises(InputError, match="holds no samples at 16000 Hz"):
-        load_audio(tmp_path / "a.wav", sampling_rate=RATE)
-
-
-def test_a_missing_file_or_one_that_is_not_audio_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
-        load_audio(tmp_path / "none.wav", sampling_rate=RATE)
-    with pytest.raises(InputError, match="no such file"):
-        load_audio(tmp_path, sampling_rate=RATE)
-    for content in (b"", b"not audio at all", b"RIFF\x00\x00\x00\x00WAVE"):
-        (tmp_path / "bad.wav").write_bytes(content)
-        with pytest.raises(InputError, match=r"bad\.wav: not a readable audio file"):
-            load_audio(tmp_path / "bad.wav", sampling_rate=RATE)
 
 
 # ---------------------------------------------------------------------------------------------------- digest

@@ -24,7 +24,7 @@ def earlier(*verdicts: Verdict) -> Manifest:
 
 
 def inputs(stages: dict[str, str] = STAGES) -> BuildInputs:
-    return BuildInputs(Path("model"), "f", None, (), (), {}, stages)
+    return BuildInputs(Path("model"), "f", None, calibration={}, held_out={}, stages=stages)
 
 
 @pytest.mark.parametrize("can_run", [True, False])

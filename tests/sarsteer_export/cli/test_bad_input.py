@@ -161,7 +161,10 @@ def test_requests_that_cannot_be_read(
 
 
 def test_a_requests_file_that_is_missing_or_a_folder(inputs: Inputs, tmp_path: Path, place: Path) -> None:
-    for bad, words in ((tmp_path / "absent.jsonl", "no such file"), (tmp_path, "directory")):
+    for bad, words in (
+        (tmp_path / "absent.jsonl", "no such file"),
+        (tmp_path, "holds no data that can be read"),
+    ):
         given = (
             "calibrate",
             inputs.model,
