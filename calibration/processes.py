@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(days=7)
 """How long a process waits for the slowest; one that fails says so, and is not waited for."""
 POLL_SECONDS = 0.05
+PARTING_SECONDS = 10.0
+"""How long process 0, which may hold what the others talk through, waits for them to have heard the end."""
 
 
 class OtherProcessError(SarsteerError):
@@ -179,7 +181,17 @@ def started_processes() -> Iterator[Processes]:
             raise
         raise OtherProcessError("another process failed") from error
     finally:
+        with suppress(RuntimeError, OSError):
+            _part(prefixed, processes)
         torch.distributed.destroy_process_group()
+
+
+def _part(store: Any, processes: Processes) -> None:
+    left = int(store.add("left", 0 if processes.first else 1))
+    deadline = time.monotonic() + PARTING_SECONDS
+    while processes.first and left < processes.count - 1 and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        left = int(store.add("left", 0))
 
 
 def _number(name: str, default: int) -> int:
