@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 HERE = str(Path(__file__).resolve().parent)
 # This folder last: the script has the name of the package that it measures.
 sys.path[:] = [place for place in sys.path if place != HERE] + [HERE]
@@ -41,7 +42,7 @@ from node_time import Spread
 from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
 

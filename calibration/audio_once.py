@@ -110,7 +110,7 @@ def _digest(*values: Any) -> str | None:
         if isinstance(value, np.ndarray):
             digest.update(f"{value.dtype}{value.shape}".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
-            return value.dtype != object
+            return bool(value.dtype != object)
         if isinstance(value, dict):
             return all(read(str(name)) and read(value[name]) for name in sorted(value, key=str))
         if isinstance(value, list | tuple):

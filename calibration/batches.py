@@ -34,5 +34,7 @@ def plan_batches(
             first = rows[:1] if len(rows) < FIRST_PAIRS or size < FIRST_PAIRS else [rows[0], rows[-1]]
             batches.append(Batch(True, tuple(first)))
             rows = [row for row in rows if row not in first]
-        batches += [Batch(is_harmful, tuple(rows[start : start + size])) for start in range(0, len(rows), size)]
+        batches += [
+            Batch(is_harmful, tuple(rows[start : start + size])) for start in range(0, len(rows), size)
+        ]
     return batches

@@ -103,9 +103,7 @@ def calibrate(
         lalm = model
     else:
         device = run.processes.device(device)
-        lalm = (loading or ModelOptions()).load(
-            model, device=device, dtype=dtype, device_map=run.device_map
-        )
+        lalm = (loading or ModelOptions()).load(model, device=device, dtype=dtype, device_map=run.device_map)
     clips = Clips(lalm)
     harmful_set, benign_set = (
         data.checked(clips.check, settings.data.on_error) for data in (harmful_set, benign_set)
@@ -126,7 +124,14 @@ def calibrate(
 
 def _key(lalm: Lalm, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """All that the statistics depend on, of what goes into a plan's provenance; its strength and rank do not."""
-    names = ("model_fingerprint", "model_dtype", "chat_template_sha256", "refusal_prompt", "harmful", "benign")
+    names = (
+        "model_fingerprint",
+        "model_dtype",
+        "chat_template_sha256",
+        "refusal_prompt",
+        "harmful",
+        "benign",
+    )
     named = {name: provenance[name] for name in (*names, "versions")}
     driven = provenance.get("model_driven_by")
     return {**named, "processor": processor_digest(lalm.path), "model_driven_by": driven}

@@ -23,7 +23,6 @@ from calibration.errors import SarsteerError
 from calibration.kept_prompts import KeptStore, at_home
 from calibration.lalm import encode_requests
 from calibration.magnitudes import Measured, recorded_magnitudes
-from calibration.placement import input_device
 from calibration.processes import OtherProcessError, Processes
 from calibration.prompt_passes import PromptPasses
 from calibration.statistics import StateStatistics, added, total
@@ -200,9 +199,9 @@ class Collection:
         except KeyboardInterrupt:
             if not self._save():
                 raise
+            count = len(self._harmful) + len(self._benign)
             raise KeyboardInterrupt(
-                f"interrupted; {self._found.count} of {len(self._harmful) + len(self._benign)} requests are done and kept "
-                f"in {self._file()}; the same command goes on from there, with --no-resume it starts anew"
+                f"interrupted; {self._found.count} of {count} requests are done and kept in {self._file()}; the same command goes on from there, with --no-resume it starts anew"
             ) from None
         except BaseException:
             self._save()
@@ -252,9 +251,7 @@ class Collection:
 
     def _prompts(self, batch: Batch) -> Inputs:
         requests = self._requests(batch)
-        return encode_requests(
-            self._lalm, [request.text for request in requests], self._clips.load(requests)
-        )
+        return encode_requests(self._lalm, [request.text for request in requests], self._clips.load(requests))
 
     def _requests(self, batch: Batch) -> list[SpokenRequest]:
         source = self._harmful if batch.harmful else self._benign

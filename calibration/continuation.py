@@ -52,9 +52,7 @@ class Prompts:
         if not all(bool(row[columns - length :].all()) for row, length in zip(mask_BT, lengths, strict=True)):
             raise CannotContinueError("prompts are not padded on the left")
         rows = ids_BT.tolist()
-        return cls(
-            inputs, tuple(tuple(row[columns - n :]) for row, n in zip(rows, lengths, strict=True))
-        )
+        return cls(inputs, tuple(tuple(row[columns - n :]) for row, n in zip(rows, lengths, strict=True)))
 
     @property
     def audio(self) -> dict[str, torch.Tensor]:
@@ -140,7 +138,7 @@ def rest_of(prompts: Prompts, lengths: Sequence[int], past: Past | None) -> dict
 
 def common_length(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows begin with."""
-    first, last = min(rows), max(rows)
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))
     shortest = min(len(row) for row in rows)
     return next((n for n in range(shortest) if first[n] != last[n]), shortest)
 

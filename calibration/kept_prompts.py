@@ -1,7 +1,7 @@
 """What is kept of prompts that were run, so that the steered pass over them costs one token each, or no encoder.
 
-The plan of SARSteer changes the last position alone; all that comes before is as it was. So the KV cache before the last
-token, where there is room for it, and that token are enough; else what the audio encoder made of the clips.
+The plan of SARSteer changes the last position alone; all that comes before is as it was. So the KV cache before the
+last token, where there is room for it, and that token are enough; else what the audio encoder made of the clips.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ class KeptStore:
                 self.kept.append(KeptPrompts(batch, _moved(without_last_column(past)), prompts.last, None))
                 return
         leaves, shape = pytree.tree_flatten(prompts.audio)
-        tensors = {
-            str(number): leaf for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
-        }
+        tensors = {str(number): leaf for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
         size = sum(tensor.nbytes for tensor in tensors.values())
         place: Path | None = None
         if size <= self._room:

@@ -34,6 +34,6 @@ def input_device(model: Any) -> torch.device:
     execution = getattr(hook, "execution_device", None)
     if execution is None:
         raise InputError(
-            f"{type(model).__name__} lies on the meta device, without weights; load it on a device, or with a device map"
+            f"{type(model).__name__} lies on the meta device, without weights; load it on a device or with a device map"
         )
     return torch.device(execution)

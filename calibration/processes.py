@@ -109,7 +109,8 @@ class Processes:
         if self.count == 1:
             return values
         self.wait(name)
-        return np.maximum.reduce([self._from(rank, values.copy()) for rank in range(self.count)])
+        found = [self._from(rank, values.copy()) for rank in range(self.count)]
+        return np.asarray(np.maximum.reduce(found))
 
     def _sent(self, found: Found, rank: int) -> Found:
         mine = rank == self.rank
@@ -155,10 +156,10 @@ def started_processes() -> Iterator[Processes]:
         yield Processes()
         return
     rank, local = _number("RANK", 0), _number("LOCAL_RANK", 0)
-    rendezvous: Any = torch.distributed.rendezvous
+    distributed: Any = torch.distributed
     try:
-        store, rank, count = next(rendezvous("env://", rank, count, timeout=timedelta(minutes=5)))
-        prefixed = torch.distributed.PrefixStore("calibration", store)
+        store, rank, count = next(distributed.rendezvous("env://", rank, count, timeout=timedelta(minutes=5)))
+        prefixed = distributed.PrefixStore("calibration", store)
         torch.distributed.init_process_group(
             "gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE
         )
@@ -197,5 +198,7 @@ def _part(store: Any, processes: Processes) -> None:
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
-        raise InputError(f"{name} is {text!r} in the environment; expected a number of a launcher such as torchrun")
+        raise InputError(
+            f"{name} is {text!r} in the environment; expected a number of a launcher such as torchrun"
+        )
     return int(text)

@@ -215,7 +215,7 @@ def _contrasts(count: int) -> NDArray[np.float64]:
 def _bounded(root_LKD: NDArray[np.float64]) -> NDArray[np.float64]:
     """The same scatter in at most D rows, once there are 2 D; so rarely, because it takes D³ operations a block."""
     _, rows, width = root_LKD.shape
-    return root_LKD if rows < 2 * width else np.linalg.qr(root_LKD, mode="r")
+    return root_LKD if rows < 2 * width else np.asarray(np.linalg.qr(root_LKD, mode="r"))
 
 
 def _size(part: StateStatistics) -> int:

@@ -52,8 +52,8 @@ class _Window:
         self._frames = self._attended = 0
 
     def measure(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        hidden: Any = args[0] if args else kwargs.get("hidden_states")
+        mask: Any = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         self._frames = self._attended = hidden.shape[1] if isinstance(hidden, torch.Tensor) else 0
         if self._is_mask(mask) and hidden.ndim == 3:
             attended_BF = (mask if mask.dtype == torch.bool else mask == 0).any(dim=-2)[:, 0]

@@ -124,7 +124,9 @@ class UnfinishedFile:
             )
             key = dict(kept["key"])
         except (InputError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file}: no unfinished calibration can be read from it ({error}); {anew}") from error
+            raise InputError(
+                f"{file}: no unfinished calibration can be read from it ({error}); {anew}"
+            ) from error
         wanted = json.loads(json.dumps(dict(self.key)))
         if other := sorted(name for name in {*key, *wanted} if key.get(name) != wanted.get(name)):
             raise InputError(

@@ -110,7 +110,9 @@ def test_what_all_prompts_begin_with_is_run_once(lalm: Lalm, harmful_requests: P
     added = longer["input_ids"].shape[1] - columns
     (prompt, continued, single) = seen
     assert prompt == single == (6, columns - head)
-    assert 0 < continued[1] - added < 20  # what is behind the text: the end of the turn and the next one's beginning
+    assert (
+        0 < continued[1] - added < 20
+    )  # what is behind the text: the end of the turn and the next one's beginning
 
 
 BROKEN = {
@@ -289,14 +291,14 @@ def test_encoder_outputs_are_given_out_again_and_no_more_often(lalm: Lalm, harmf
         assert not torch.equal(lalm.model(**silent).logits, wanted)
 
 
-def test_features_of_the_same_samples_are_extracted_once(
-    lalm: Lalm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_of_the_same_samples_are_extracted_once(lalm: Lalm, monkeypatch: pytest.MonkeyPatch) -> None:
     extractor = lalm.processor.feature_extractor
     calls: list[int] = []
     extract = type(extractor).__call__
     monkeypatch.setattr(
-        type(extractor), "__call__", lambda self, *args, **kwargs: calls.append(1) or extract(self, *args, **kwargs)
+        type(extractor),
+        "__call__",
+        lambda self, *args, **kwargs: calls.append(1) or extract(self, *args, **kwargs),
     )
     clips = [np.random.default_rng(row).standard_normal(8000).astype(np.float32) for row in range(2)]
     wanted = encode_requests(lalm, ["a", "b"], clips)

@@ -62,9 +62,7 @@ def test_merging_any_split_in_any_order_is_all_at_once(
     assert (whole.pairs, whole.benign) == (9, benign)
     exact = np.sum(states.refused_NLD.astype(np.float64) - states.harmful_NLD.astype(np.float64), axis=0)
     np.testing.assert_allclose(whole.refusal_sum_LD, exact, rtol=0, atol=EXACT)
-    np.testing.assert_allclose(
-        whole.benign_mean_LD, safe.astype(np.float64).mean(axis=0), rtol=0, atol=EXACT
-    )
+    np.testing.assert_allclose(whole.benign_mean_LD, safe.astype(np.float64).mean(axis=0), rtol=0, atol=EXACT)
     np.testing.assert_allclose(
         scatter(whole.benign_root_LKD), literal_scatter(safe), rtol=0, atol=benign * EXACT
     )
@@ -90,7 +88,9 @@ def test_a_root_has_no_more_rows_than_centred_states_have_directions() -> None:
 def test_vectors_from_statistics_are_those_from_states() -> None:
     states = random_states(benign=40)
     first, second = (
-        statistics_of(type(states)(*(getattr(states, f"{name}_NLD")[rows] for name in ("harmful", "refused", "benign"))))
+        statistics_of(
+            type(states)(*(getattr(states, f"{name}_NLD")[rows] for name in ("harmful", "refused", "benign")))
+        )
         for rows in (slice(None, 4), slice(4, None))
     )
     for rank in (0, 1, 7, WIDTH):
@@ -163,7 +163,9 @@ def damaged(change: str, path: Path) -> None:
     save_file(tensors, path, {"sarsteer": json.dumps(header)} if change != "foreign" else {})
 
 
-@pytest.mark.parametrize("change", ["version", "no parts", "not finite", "sizes", "missing", "foreign", "bytes"])
+@pytest.mark.parametrize(
+    "change", ["version", "no parts", "not finite", "sizes", "missing", "foreign", "bytes"]
+)
 def test_files_that_hold_no_statistics_are_refused(change: str, tmp_path: Path) -> None:
     path = tmp_path / "s"
     damaged(change, path)

@@ -54,7 +54,8 @@ def test_what_several_processes_kept_is_put_together_once(tmp_path: Path) -> Non
     assert sum(part.pairs for part in loaded.parts) == 4
     assert sum(part.benign for part in loaded.parts) == 4
     np.testing.assert_array_equal(
-        loaded.largest_L, np.max([first.largest_L, second.largest_L, found({2}, {4}, seed=2).largest_L], axis=0)
+        loaded.largest_L,
+        np.max([first.largest_L, second.largest_L, found({2}, {4}, seed=2).largest_L], axis=0),
     )
     file.remove()
     assert list(tmp_path.iterdir()) == []
@@ -63,7 +64,9 @@ def test_what_several_processes_kept_is_put_together_once(tmp_path: Path) -> Non
 def test_what_is_of_other_inputs_is_refused_and_named(tmp_path: Path) -> None:
     UnfinishedFile(tmp_path / ".plan", KEY).save(found({0}, {1}), 0)
     other = UnfinishedFile(tmp_path / ".plan", {**KEY, "harmful": {"count": 8}, "refusal_prompt": "no"})
-    with pytest.raises(InputError, match=r"\.plan: .* of other inputs \(harmful, refusal_prompt\).*--no-resume"):
+    with pytest.raises(
+        InputError, match=r"\.plan: .* of other inputs \(harmful, refusal_prompt\).*--no-resume"
+    ):
         other.load()
 
 

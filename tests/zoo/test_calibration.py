@@ -30,7 +30,9 @@ RUN_IN_FULL = {
 def requests_for(lalm: Lalm, path: Path) -> list[SpokenRequest]:
     """Three requests whose prompts end differently: a first block with a short window sees nothing else."""
     return [
-        SpokenRequest(request.audio if lalm.hears else None, request.text + " please" * (number + 1) + ".!?"[number])
+        SpokenRequest(
+            request.audio if lalm.hears else None, request.text + " please" * (number + 1) + ".!?"[number]
+        )
         for number, request in enumerate(read_requests(path)[2:5])
     ]
 
@@ -71,7 +73,9 @@ def test_statistics_are_those_of_the_plain_loop(
     else:
         assert caplog.messages == []
 
-    plain, safe = (np.stack([plain_states(lalm, request, "") for request in kind]) for kind in (harmful, benign))
+    plain, safe = (
+        np.stack([plain_states(lalm, request, "") for request in kind]) for kind in (harmful, benign)
+    )
     refused = np.stack([plain_states(lalm, request, REFUSAL_PROMPT) for request in harmful])
     for layer in range(statistics.layers):
         centred = safe[:, layer] - safe[:, layer].mean(axis=0)

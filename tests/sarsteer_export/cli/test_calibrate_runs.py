@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from calibration.plan import SteeringPlan
-from tests.sarsteer_export.command_line import answered, interrupt, listing, one_error, refused, sarsteer, start
+from tests.sarsteer_export.command_line import (
+    answered,
+    interrupt,
+    listing,
+    one_error,
+    refused,
+    sarsteer,
+    start,
+)
 from tests.sarsteer_export.conftest import Inputs
 
 STOPPING = """
@@ -123,8 +131,12 @@ def run_two(*arguments: str | Path) -> list[subprocess.CompletedProcess[str]]:
     for rank in range(2):
         environment = {
             **os.environ,
-            **{"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            "WORLD_SIZE": "2",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "sarsteer_export", *map(str, arguments)]
         started.append(
@@ -157,9 +169,7 @@ def test_two_processes_make_the_plan_of_one(
 def test_what_fails_in_both_processes_is_said_once(inputs: Inputs, tmp_path: Path) -> None:
     missing = tmp_path / "none.jsonl"
     output = tmp_path / "plan.safetensors"
-    ended = run_two(
-        "calibrate", inputs.model, "--harmful", missing, "--benign", inputs.benign, "-o", output
-    )
+    ended = run_two("calibrate", inputs.model, "--harmful", missing, "--benign", inputs.benign, "-o", output)
     assert [process.returncode for process in ended] == [2, 2]
     one_error("".join(process.stderr for process in ended), str(missing))
     assert listing(tmp_path) == {}
