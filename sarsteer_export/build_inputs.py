@@ -69,6 +69,7 @@ class BuildSettings:
     `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none. `allow_overlap`: what
     they may share with the calibration set. `engine`: what to build beside the ONNX graphs. `loading`: how the model
     is loaded and driven. `allow_overflow`: build even where calibration saw values that float16 cannot square.
+    `resume`: go on with a calibration that was interrupted.
     """
 
     harmful: Path
@@ -89,6 +90,7 @@ class BuildSettings:
     dtype: str = "float32"
     force: bool = False
     overwrite: bool = False
+    resume: bool = True
 
     def __post_init__(self) -> None:
         if (self.eval_harmful is None) != (self.eval_benign is None):
@@ -145,7 +147,7 @@ class BuildInputs:
             for kind, found in self.held_out.items()
         }
 
-    def checked(self, check: Callable[[SpokenRequest], None], on_error: OnError) -> BuildInputs:
+    def checked(self, check: Callable[[SpokenRequest], object], on_error: OnError) -> BuildInputs:
         """The same without the requests that `check` refuses, as `RequestSet.checked` has it."""
         calibration, held_out = (
             {kind: found.checked(check, on_error) for kind, found in sets.items()}

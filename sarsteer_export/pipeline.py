@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.calibrate import calibrate
+from calibration.calibrate import CalibrationRun, calibrate, unfinished_of
 from calibration.checkpoint import parameter_count
 from calibration.errors import InputError, ParityError, UnsupportedError
 from calibration.model_options import driven_by
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.states import check_clip
+from calibration.unfinished import UnfinishedFile
 from engines.backends import Runtime
 from engines.report import ParityReport, Verdict
 from graph_passes.interface import graph_inputs, graph_outputs
@@ -136,10 +137,11 @@ def build(
         plan = (
             SteeringPlan.load(target / PLAN)
             if settings.plan is None and "calibrate" in reusable
-            else make_plan(lalm, inputs, settings, progress)
+            else make_plan(lalm, inputs, settings, unfinished_of(target), progress)
         )
         (folder / PLAN).parent.mkdir()
         plan.save(folder / PLAN)
+        UnfinishedFile(unfinished_of(target), {}).remove()
         if earlier is not None and "export" in reusable:
             copy_export(target, earlier, folder)
             missing = earlier.missing
@@ -250,9 +252,9 @@ def check_prompts_fit(lalm: Lalm, inputs: BuildInputs, settings: BuildSettings) 
 
 
 def make_plan(
-    lalm: Lalm, inputs: BuildInputs, settings: BuildSettings, progress: Progress | None
+    lalm: Lalm, inputs: BuildInputs, settings: BuildSettings, unfinished: Path, progress: Progress | None
 ) -> SteeringPlan:
-    """Load the plan that was given, or calibrate one."""
+    """Load the plan that was given, or calibrate one; interrupted, it is gone on with from `unfinished`."""
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)
         parts = lalm.parts
@@ -265,7 +267,8 @@ def make_plan(
         )
         return plan
     sets = inputs.calibration
-    return calibrate(lalm, sets["harmful"], sets["benign"], settings.calibration, progress=progress)
+    run = CalibrationRun(unfinished=unfinished, resume=settings.resume)
+    return calibrate(lalm, sets["harmful"], sets["benign"], settings.calibration, progress=progress, run=run)
 
 
 def export_components(lalm: Lalm, folder: Path, progress: Progress | None) -> dict[str, str]:

@@ -28,6 +28,7 @@ from sarsteer_export.cli.options import (
     overlap_option,
     overwrite_option,
     parity_options,
+    resume_option,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 @engine_options
 @overflow_option
 @click.option("--dry-run", is_flag=True, help="Say what would happen and what it needs; write nothing.")
+@resume_option
 @force_option
 @overwrite_option
 def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: Any) -> None:

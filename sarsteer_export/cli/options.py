@@ -160,6 +160,12 @@ judge_options = options(
         "--judge-concurrency", default=4, show_default=True, help="Verdicts asked of an endpoint at once."
     ),
 )
+resume_option = click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on from where an interrupted calibration of the same inputs stopped.",
+)
 calibration_options = options(
     click.option("--alpha", default=0.1, show_default=True, help="Strength of the steering vectors."),
     click.option(
