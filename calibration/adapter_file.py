@@ -33,10 +33,12 @@ def load_adapter(reference: str) -> type[ModelAdapter]:
     if adapter is None:
         classes = [entry for entry, value in vars(module).items() if _is_adapter(value)]
         near = difflib.get_close_matches(name, classes, n=1, cutoff=0.0)
-        hint = f"; did you mean {near[0]}?" if near else "; it holds no subclass of calibration.ModelAdapter"
+        hint = (
+            f"; did you mean {near[0]}?" if near else "; it holds no subclass of sarsteer_export.ModelAdapter"
+        )
         raise InputError(f"adapter {place}: has no class {name}{hint}")
     if not _is_adapter(adapter):
-        raise InputError(f"adapter {reference}: is no subclass of calibration.model_adapter.ModelAdapter")
+        raise InputError(f"adapter {reference}: is no subclass of sarsteer_export.ModelAdapter")
     found: type[ModelAdapter] = adapter
     return found
 

@@ -22,6 +22,7 @@ from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, encode_requests
 from calibration.states import heard_clips, hidden_of
 from calibration.steered import steered
+from calibration.token_positions import attended_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -75,7 +76,7 @@ class LargestMagnitudes:
 
     def read_mask(self, _decoder: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         """Pre-hook of the decoder: note the attention mask (B, T); without one every position counts."""
-        mask = kwargs.get("attention_mask")
+        mask = attended_tokens(kwargs.get("attention_mask"))
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             raise UnsupportedError(
                 "measuring the residual stream needs the decoder's 2-D attention mask [batch, past + sequence]; "

@@ -197,6 +197,18 @@ class ModelAdapter:
         )
 
     @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The ids of tokens that end an answer."""
+        end = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return (int(end),) if isinstance(end, int) else tuple(end or ())
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id of the token that pads text."""
+        token_id = self.tokenizer.pad_token_id
+        return None if token_id is None else int(token_id)
+
+    @property
     def chat_template(self) -> str | None:
         """The chat template's source, the processor's own before the tokenizer's."""
         for owner in (self.processor, self.tokenizer):

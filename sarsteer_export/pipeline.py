@@ -283,8 +283,6 @@ def describe(
 ) -> Manifest:
     """The manifest of a bundle folder, before it was proven; `missing`: what is not in it, with reasons."""
     driven = driven_by(lalm)
-    generation: Any = lalm.model.generation_config
-    end = generation.eos_token_id
     graphs = {}
     for file in COMPONENTS.values():
         if not (folder / file).exists():
@@ -300,15 +298,15 @@ def describe(
             "class": type(lalm.model).__name__,
             "fingerprint": lalm.fingerprint,
             "dtype": str(lalm.model.dtype).removeprefix("torch."),
+            **({} if driven is None else {"driven_by": driven}),
             FRONTEND: frontend_of(lalm),
             "adapter": lalm.adapter_type.__name__,
             "missing": missing,
-            **({} if driven is None else {"driven_by": driven}),
         },
         tokens={
             "audio": lalm.adapter.audio_token_id,
-            "end": [end] if isinstance(end, int) else list(end or []),
-            "pad": lalm.tokenizer.pad_token_id,
+            "end": list(lalm.adapter.end_token_ids),
+            "pad": lalm.adapter.pad_token_id,
         },
         graphs=graphs,
         plan_sha256=plan.digest(),

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from calibration.model_adapter import ModelAdapter
-from calibration.token_positions import position_ids
+from sarsteer_export import ModelAdapter
 
 
 class KimiAudio(ModelAdapter):
@@ -56,6 +55,16 @@ class KimiAudio(ModelAdapter):
         return self.processor.text_tokenizer
 
     @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The token that ends an answer in text."""
+        return (self.processor.extra_tokens.kimia_text_eos,)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What lies beside text in the other stream."""
+        return self.processor.extra_tokens.kimia_text_blank
+
+    @property
     def embed_tokens(self) -> nn.Module:
         """What the decoder reads of a text token that it wrote: silence lies beside it in the other stream."""
         return TextStream(self.model.get_input_embeddings(), self.processor.extra_tokens.kimia_text_blank)
@@ -88,7 +97,7 @@ class KimiAudio(ModelAdapter):
         self, inputs: Any, *, max_new_tokens: int, logits_processor: Any = None, **_: Any
     ) -> torch.Tensor:
         """The most probable text tokens, int64 (B, S), up to the end of the longest answer."""
-        end = self.processor.extra_tokens.kimia_text_eos
+        (end,) = self.end_token_ids
         step, cache, written = dict(inputs), None, []
         for _number in range(max_new_tokens):
             output = self.parts.decoder(**step, past_key_values=cache, use_cache=True)
@@ -142,6 +151,11 @@ class KimiAudio(ModelAdapter):
         finally:
             handle.remove()
         return seen[0][0]
+
+
+def position_ids(mask_BT: torch.Tensor) -> torch.Tensor:
+    """Positions (B, T) counted over attended tokens."""
+    return (mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 class TextStream(nn.Module):

@@ -77,9 +77,9 @@ class EmbedTokensComponent(nn.Module):
         decoder: Any = adapter.parts.decoder
         self.per_layer = decoder if per_layer_width(decoder) else None
         audio = adapter.audio_token_id
-        rows = int(embedding.weight.shape[0])
         # Models embed something else in the place of a clip: its token may have no row of its own.
-        self.replaced = audio if audio is not None and (self.per_layer is not None or audio >= rows) else None
+        outside = audio is not None and (self.per_layer is not None or audio >= len(embedding.weight))
+        self.replaced = audio if outside else None
         padding = getattr(getattr(decoder, "config", None), "pad_token_id", None)
         self.replacement = padding if isinstance(padding, int) else 0
 

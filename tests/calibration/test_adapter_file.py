@@ -13,7 +13,7 @@ from calibration.lalm import load_lalm
 from calibration.model_options import ModelOptions, driven_by
 
 SOURCE = """
-from calibration.model_adapter import ModelAdapter
+from sarsteer_export import ModelAdapter
 
 class Mine(ModelAdapter):
     def prompts(self, texts, *, spoken):
@@ -65,7 +65,7 @@ def test_a_class_in_a_package_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("{folder}/mine.py:", "names no class"),
         ("{folder}/none.py:Mine", "cannot be read (No such file or directory)"),
         ("{folder}/mine.py:Mien", "has no class Mien; did you mean Mine?"),
-        ("{folder}/mine.py:Other", "is no subclass of calibration.model_adapter.ModelAdapter"),
+        ("{folder}/mine.py:Other", "is no subclass of sarsteer_export.ModelAdapter"),
         ("{folder}/mine.py:ModelAdapter", "is no subclass of"),
         ("no_such_package.adapters:Mine", "cannot be imported (ModuleNotFoundError"),
         ("{folder}/broken.py:Mine", "cannot be imported (SyntaxError"),
