@@ -28,14 +28,14 @@ class Voxtral(ModelAdapter):
     model_types: ClassVar[tuple[str, ...]] = ("voxtral",)
 
     @classmethod
-    def load_processor(cls, checkpoint: Checkpoint) -> Any:
-        """The processor. Raises `UnsupportedError` when mistral-common is not installed."""
+    def load_model(cls, checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+        """The model. Raises `UnsupportedError` at once when mistral-common, needed later, is not installed."""
         if find_spec("mistral_common") is None:
             raise UnsupportedError(
                 f"model {checkpoint.folder}: its tokenizer needs the package mistral-common; "
                 "install it with: pip install 'sarsteer-export[voxtral]'"
             )
-        return super().load_processor(checkpoint)
+        return super().load_model(checkpoint)
 
     @property
     def chat_template(self) -> str | None:

@@ -63,12 +63,14 @@ class Command(click.Command):
             with _signals_interrupt(context):
                 return super().invoke(context)
         except SarsteerError as error:
+            if error.silent:
+                context.exit(error.exit_code)
             if debug:
                 raise
             lines = str(error).split(DETAIL) if error.has_details else [str(error)]
             _fail(context, lines, error.exit_code)
-        except KeyboardInterrupt:
-            _fail(context, ["interrupted; nothing was written"], INTERRUPTED)
+        except KeyboardInterrupt as interrupt:
+            _fail(context, [str(interrupt) or "interrupted; nothing was written"], INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # the last resort: one message, whatever happened

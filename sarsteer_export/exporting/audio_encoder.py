@@ -13,18 +13,21 @@ import torch
 from torch import nn
 
 from calibration.errors import UnsupportedError
+from sarsteer_export.exporting.granite_attention import blocks_of_any_length
+from sarsteer_export.exporting.packed_encoders import (
+    attention_of,
+    is_packed,
+    packed_attention,
+    packing,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from transformers import PreTrainedModel
 
     from calibration.lalm import Lalm
 
-TOKEN_INPUTS = frozenset(
-    {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids"}
-)
-"""What a processor yields for the decoder; the rest is for the audio encoder."""
 SAMPLE_SECONDS = (1.3, 0.8)
 """Lengths of the clips to trace with: distinct, so that no length is taken for a constant."""
 
@@ -77,21 +80,64 @@ class FlatAudioEncoder(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The inputs that it takes."""
+        """The inputs that it takes, and the mask that says which embeddings count."""
         known = inspect.signature(self.model.get_audio_features).parameters.values()
-        return tuple(item.name for item in known if item.kind is not inspect.Parameter.VAR_KEYWORD)
+        named = [item.name for item in known if item.kind is not inspect.Parameter.VAR_KEYWORD]
+        return tuple(dict.fromkeys([*named, "input_features_mask"]))
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """What the processor yields for clips -> embeddings (N, D)."""
-        mask = inputs.get("input_features_mask")
-        taken = {name: value for name, value in inputs.items() if name in self.names}
-        output = self.model.get_audio_features(**taken, return_dict=True)
+        known = inspect.signature(self.model.get_audio_features).parameters
+        taken = {name: value for name, value in inputs.items() if name in known}
+        with blocks_of_any_length(self.model):
+            output = self.model.get_audio_features(**taken, return_dict=True)
         features: torch.Tensor = output.pooler_output
         if features.ndim == 3:  # (A, most, D): which of them count, the encoder or the processor says
             counted = getattr(output, "attention_mask", None)
-            counted = mask if counted is None else counted
+            counted = inputs.get("input_features_mask") if counted is None else counted
             features = features.flatten(0, 1) if counted is None else features[counted.bool()]
         return features
+
+
+class PackedAudioEncoder(nn.Module):
+    """A packed encoder of Qwen's, told how its clips are packed; see `packed_encoders`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        inner: Any = getattr(model, "model", model)
+        self.tower, self.projector = inner.audio_tower, getattr(inner, "multi_modal_projector", None)
+        self._attention = attention_of(self.tower)
+        self.config = model.config
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The inputs that it takes."""
+        return ("input_features", "input_features_mask" if self.projector is not None else "feature_attention_mask")
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Features (A, M, F), mask (A, F) -> embeddings (N, D).
+
+        Not by the processor's names: transformers' exporter would pack inputs of those names itself, as constants.
+        """
+        packed = packing(self.tower, features, mask)
+        with packed_attention(self.tower, self._attention):
+            if self.projector is None:
+                output = self.tower.forward(features, feature_lens=mask.sum(-1), **packed)  # without the hook of its adapter
+                embedded: torch.Tensor = output.last_hidden_state
+                return embedded
+            told = {name: packed[name] for name in ("cu_seqlens", "max_seqlen")}
+            output = self.tower(input_features=features, input_features_mask=mask, **told)
+            embedded = self.projector(output.last_hidden_state)
+            return embedded
+
+
+def flat_encoder(model: PreTrainedModel) -> FlatAudioEncoder | PackedAudioEncoder:
+    """The audio encoder of a model that is not built like Qwen2-Audio, as a component.
+
+    Raises `UnsupportedError` when the model does not say how audio is embedded.
+    """
+    tower = getattr(getattr(model, "model", model), "audio_tower", None)
+    return PackedAudioEncoder(model) if tower is not None and is_packed(tower) else FlatAudioEncoder(model)
 
 
 def is_like_qwen2_audio(model: PreTrainedModel) -> bool:
@@ -99,22 +145,11 @@ def is_like_qwen2_audio(model: PreTrainedModel) -> bool:
     return "Qwen2Audio" in type(model).__name__
 
 
-def audio_inputs(lalm: Lalm) -> dict[str, torch.Tensor]:
-    """What the model's processor yields for clips to trace with, on the model's device and in its dtype."""
-    adapter = lalm.adapter
-    alone = getattr(adapter, "unmasked", None) is not None
+def audio_inputs(lalm: Lalm, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Those of the named inputs that the model's processor yields for clips to trace with, ready for the model."""
+    alone = getattr(lalm.adapter, "unmasked", None) is not None
     random = np.random.default_rng(0)
     lengths = [int(seconds * lalm.sampling_rate) for seconds in SAMPLE_SECONDS[: 1 if alone else 2]]
     clips = [random.standard_normal(length).astype(np.float32) * 0.1 for length in lengths]
-    inputs = adapter.encode([""] * len(clips), clips)
-    component = FlatAudioEncoder(lalm.model)
-    return {
-        name: value
-        for name, value in inputs.items()
-        if name in component.names or (name not in TOKEN_INPUTS and name == "input_features_mask")
-    }
-
-
-def encoder_feeds(names: list[str], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a processor's outputs that an exported audio encoder reads."""
-    return {name: inputs[name] for name in names}
+    inputs = lalm.adapter.encode([""] * len(clips), clips)
+    return {name: value for name, value in inputs.items() if name in names}

@@ -15,8 +15,9 @@ from graph_passes.attention import PER_LAYER_INPUTS
 from sarsteer_export.bundle.manifest import MANIFEST
 from sarsteer_export.exporting.audio_encoder import (
     AudioEncoderComponent,
-    FlatAudioEncoder,
+    PackedAudioEncoder,
     audio_inputs,
+    flat_encoder,
     is_like_qwen2_audio,
 )
 from sarsteer_export.exporting.components import DecoderComponent, EmbedTokensComponent
@@ -160,9 +161,12 @@ def _random_inputs(component: DecoderComponent, sequence: int, *, like: torch.Te
 
 def _trace_audio_encoder(lalm: Lalm) -> ir.Model:
     if not is_like_qwen2_audio(lalm.model):
-        component = FlatAudioEncoder(lalm.model)
-        inputs = audio_inputs(lalm)
-        traced = trace(component, inputs)
+        component = flat_encoder(lalm.model)
+        inputs = audio_inputs(lalm, component.names)
+        told = inputs
+        if isinstance(component, PackedAudioEncoder):
+            told = {"features": inputs[component.names[0]], "mask": inputs[component.names[1]]}
+        traced = trace(component, told)
         name_flat_audio_encoder(traced, list(inputs))
         return traced
     extractor = lalm.processor.feature_extractor

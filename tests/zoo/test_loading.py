@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint import fingerprint
 from calibration.decoder_parts import find_decoder
-from calibration.errors import InputError
+from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, audio_token_count, encode_requests, load_lalm
 from calibration.plan import Add, Positions, SteeringPlan
 from calibration.states import last_position_states
 from calibration.steered import steered
 from calibration.token_positions import last_attended
 from tests.conftest import random_vector
-from tests.zoo import omni
+from tests.zoo import omni, voxtral
 from tests.zoo.conftest import clips
 from tests.zoo.families import Family
 
@@ -38,6 +38,13 @@ def test_a_family_loads_from_its_directory(
     assert family_lalm.hears == family.hears
     assert family_lalm.fingerprint == fingerprint(family_checkpoint)
     assert not family_lalm.model.training
+
+
+def test_a_family_runs_in_half_precision(family_checkpoint: Path) -> None:
+    lalm = load_lalm(family_checkpoint, dtype="bfloat16")
+    inputs = encode_requests(lalm, TEXTS, clips(lalm, *SECONDS))
+    assert {value.dtype for value in inputs.values() if value.is_floating_point()} <= {torch.bfloat16}
+    assert np.isfinite(last_position_states(lalm, TEXTS, clips(lalm, *SECONDS))).all()
 
 
 def test_the_parts_of_its_decoder_are_found(family_lalm: Lalm) -> None:
@@ -254,4 +261,39 @@ def test_a_thinker_without_all_its_weights_is_refused(tmp_path: Path) -> None:
     del stored["thinker.model.layers.1.mlp.up_proj.weight"]
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"weights missing or of another shape: .*layers\.1\.mlp\.up_proj"):
+        load_lalm(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- Voxtral
+
+
+def test_voxtral_hears_every_bit_of_a_clip_and_silence_behind_it(tmp_path: Path) -> None:
+    lalm = load_lalm(voxtral.save_checkpoint(tmp_path))
+    ((clip,), text) = clips(lalm, 0.7), "respond."
+    inputs = encode_requests(lalm, [text], [clip])
+    window = np.pad(clip, (0, 30 * lalm.sampling_rate - clip.size))
+    wanted = lalm.processor.feature_extractor(window, sampling_rate=lalm.sampling_rate, return_tensors="pt")
+    np.testing.assert_array_equal(inputs["input_features"], wanted["input_features"])
+    ids = inputs["input_ids"][0].tolist()
+    heard = [token for token in ids if token == voxtral.AUDIO_TOKEN_ID]
+    assert len(heard) == 30 * 12.5
+    prompt = "<s>[INST][BEGIN_AUDIO]" + "[AUDIO]" * len(heard) + text + "[/INST]"
+    assert lalm.tokenizer.decode(ids) == prompt
+
+
+def test_a_model_that_hears_and_has_no_chat_template_is_refused(tmp_path: Path) -> None:
+    omni.save_qwen2_5(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="ThinkerForConditionalGeneration has no chat template; expected"):
+        load_lalm(tmp_path)
+
+
+def test_voxtral_without_its_tokenizers_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "voxtral", "audio_config": {}}))
+    monkeypatch.setattr("calibration.families.voxtral.find_spec", lambda _: None)
+    with pytest.raises(
+        UnsupportedError, match=r"needs the package mistral-common; .*sarsteer-export\[voxtral\]"
+    ):
         load_lalm(tmp_path)

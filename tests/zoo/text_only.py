@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.zoo.tokenizer import build_tokenizer
@@ -30,6 +31,8 @@ def _save(folder: Path, model: Any, config: Any, *, bos: str, tie: bool, seed: i
     tokenizer = build_tokenizer("<|im_start|>", *([bos] if bos else []))
     if bos:
         tokenizer.bos_token = bos
+        begins = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = begins
     tokenizer.chat_template = TEMPLATE
     settings = config(
         vocab_size=len(tokenizer),
