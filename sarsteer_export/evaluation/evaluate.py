@@ -80,7 +80,7 @@ class _Opened:
     respondents: tuple[Respondent, ...]
     plans: tuple[LabelledPlan, ...]
     target: dict[str, Any]
-    check: Callable[[SpokenRequest], None]
+    check: Callable[[SpokenRequest], object]
     measure: MeasureSettings
 
 
@@ -293,13 +293,13 @@ def _hears_nothing(manifest: Manifest) -> str:
     return f"the bundle hears nothing ({reasons or 'its model takes no audio'})"
 
 
-def _clip_check(lalm: Lalm) -> Callable[[SpokenRequest], None]:
+def _clip_check(lalm: Lalm) -> Callable[[SpokenRequest], object]:
     from calibration.states import check_clip
 
     return lambda request: check_clip(lalm, request)
 
 
-def _frontend_check(bundle: Bundle) -> Callable[[SpokenRequest], None]:
+def _frontend_check(bundle: Bundle) -> Callable[[SpokenRequest], object]:
     front = bundle.frontend
 
     def check(request: SpokenRequest) -> None:

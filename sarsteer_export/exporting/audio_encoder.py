@@ -112,7 +112,10 @@ class PackedAudioEncoder(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """The inputs that it takes."""
-        return ("input_features", "input_features_mask" if self.projector is not None else "feature_attention_mask")
+        return (
+            "input_features",
+            "input_features_mask" if self.projector is not None else "feature_attention_mask",
+        )
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Features (A, M, F), mask (A, F) -> embeddings (N, D).
@@ -122,7 +125,9 @@ class PackedAudioEncoder(nn.Module):
         packed = packing(self.tower, features, mask)
         with packed_attention(self.tower, self._attention):
             if self.projector is None:
-                output = self.tower.forward(features, feature_lens=mask.sum(-1), **packed)  # without the hook of its adapter
+                output = self.tower.forward(
+                    features, feature_lens=mask.sum(-1), **packed
+                )  # without the hook of its adapter
                 embedded: torch.Tensor = output.last_hidden_state
                 return embedded
             told = {name: packed[name] for name in ("cu_seqlens", "max_seqlen")}
