@@ -23,6 +23,7 @@ from calibration.errors import SarsteerError
 from calibration.kept_prompts import KeptStore, at_home
 from calibration.lalm import encode_requests
 from calibration.magnitudes import LargestMagnitudes, Measured, recorded_magnitudes
+from calibration.placement import input_device
 from calibration.processes import OtherProcessError, Processes
 from calibration.prompt_passes import PromptPasses, Verdict
 from calibration.statistics import StateStatistics, added, total
