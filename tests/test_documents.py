@@ -20,6 +20,7 @@ DOCUMENTS = [
     "benchmarks/README.md",
     "docs/audit.md",
     "docs/bundle.md",
+    "docs/calibration.md",
     "docs/data.md",
     "docs/decoders.md",
     "docs/engines.md",
