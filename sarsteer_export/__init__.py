@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.engine_build import EngineSettings, build_engines
+    from sarsteer_export.evaluation.evaluate import EvaluationSettings, evaluate
+    from sarsteer_export.evaluation.intervals import Bootstrap
+    from sarsteer_export.evaluation.measure import MeasureSettings
     from sarsteer_export.exporting.export import export
     from sarsteer_export.interchange.convert import ConversionSettings, convert
     from sarsteer_export.interchange.fitting import AllowedLosses
+    from sarsteer_export.judges.settings import JudgeSettings
     from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.patching import PatchSettings, patch, unpatch
     from sarsteer_export.pipeline import build
@@ -35,13 +39,17 @@ _HOMES = {
     "Add": "calibration.plan",
     "AllowedLosses": "sarsteer_export.interchange.fitting",
     "AuditReport": "graph_passes.audit_report",
+    "Bootstrap": "sarsteer_export.evaluation.intervals",
     "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
     "CombineRule": "calibration.combine",
     "ConversionSettings": "sarsteer_export.interchange.convert",
     "EngineSettings": "sarsteer_export.engine_build",
+    "EvaluationSettings": "sarsteer_export.evaluation.evaluate",
+    "JudgeSettings": "sarsteer_export.judges.settings",
     "LastFrom": "graph_passes.selection",
+    "MeasureSettings": "sarsteer_export.evaluation.measure",
     "ParitySettings": "sarsteer_export.parity_run",
     "PatchSettings": "sarsteer_export.patching",
     "Positions": "calibration.plan",
@@ -59,6 +67,7 @@ _HOMES = {
     "calibrate": "calibration.calibrate",
     "combine_plans": "calibration.combine",
     "convert": "sarsteer_export.interchange.convert",
+    "evaluate": "sarsteer_export.evaluation.evaluate",
     "export": "sarsteer_export.exporting.export",
     "load_bundle": "sarsteer_export.bundle.bundle",
     "patch": "sarsteer_export.patching",
@@ -72,13 +81,17 @@ __all__ = [
     "Add",
     "AllowedLosses",
     "AuditReport",
+    "Bootstrap",
     "BuildSettings",
     "Bundle",
     "CalibrationSettings",
     "CombineRule",
     "ConversionSettings",
     "EngineSettings",
+    "EvaluationSettings",
+    "JudgeSettings",
     "LastFrom",
+    "MeasureSettings",
     "ParitySettings",
     "PatchSettings",
     "Positions",
@@ -96,6 +109,7 @@ __all__ = [
     "calibrate",
     "combine_plans",
     "convert",
+    "evaluate",
     "export",
     "load_bundle",
     "patch",

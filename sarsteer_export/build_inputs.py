@@ -30,11 +30,11 @@ from calibration.requests import (
 from engines.backends import CPU_BACKEND
 from engines.cuda_driver import cuda_driver
 from engines.sidecar import Binding
-from sarsteer_export.behaviour import Judge
 from sarsteer_export.bundle_engines import check_engines
 from sarsteer_export.engine_build import EngineSettings
 from sarsteer_export.exporting.contract import cache_input_names
 from sarsteer_export.exporting.export import OPSET
+from sarsteer_export.judges.settings import JudgeSettings
 from sarsteer_export.parity_run import ParitySettings
 from sarsteer_export.range_guard import PROVENANCE_KEY
 from sarsteer_export.versions import installed_versions
@@ -78,7 +78,7 @@ class BuildSettings:
     eval_harmful: Path | None = None
     eval_benign: Path | None = None
     allow_overlap: AllowedOverlap = AllowedOverlap.NONE
-    judge: Judge = field(default_factory=Judge)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     allow_overflow: bool = False
     max_new_tokens: int = 32
@@ -212,7 +212,7 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         dataclasses.asdict(settings.parity),
         [requests_digest(harmful), requests_digest(benign)],
         evaluated,
-        dataclasses.asdict(settings.judge),
+        settings.judge.identity() if evaluated else None,
         settings.max_new_tokens,
         settings.keep_unsteered,
         magnitudes,

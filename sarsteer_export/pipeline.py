@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from calibration.states import Progress
+    from sarsteer_export.judges.judge import Judge
 
 
 BYTES_BESIDE_WEIGHTS = 2_000_000
@@ -126,6 +127,7 @@ def build(
     check_output(target, overwrite=settings.overwrite)
     _check_space(target, _needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
+        judge = settings.judge.open(device=settings.device) if inputs.evaluation else None
         lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
         inputs = inputs.checked(lambda request: check_clip(lalm, request), settings.calibration.data.on_error)
         check_prompts_fit(lalm, inputs, settings)
@@ -146,7 +148,7 @@ def build(
         write_graph(patched.model, folder / STEERED_DECODER)
         manifest = describe(lalm, plan, patched, inputs, folder)
         manifest.write(folder)
-        report, behaviour = prove(folder, lalm, plan, inputs, settings, progress)
+        report, behaviour = prove(folder, lalm, plan, inputs, settings, judge, progress)
         kept = () if earlier is None else earlier.engines
         standing = {entry.backend: entry for entry in kept if engine_stage(entry.backend) in reusable}
         engines = tuple(
@@ -161,9 +163,9 @@ def build(
         proven = [prove_engine(run, folder, entry) for entry in engines]
         check_verdicts(report, proven)
         measured = [
-            (entry, measure_engine(folder, entry, lalm, plan, inputs, settings, progress))
+            (entry, measure_engine(folder, entry, lalm, plan, inputs, settings, judge, progress))
             for entry, judged in proven
-            if inputs.evaluation and judged.verdict is Verdict.PASSED
+            if judge is not None and judged.verdict is Verdict.PASSED
         ]
         manifest = finish(folder, manifest, report, proven, behaviour, measured, inputs, settings)
     measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs)
@@ -303,9 +305,10 @@ def prove(
     plan: SteeringPlan,
     inputs: BuildInputs,
     settings: BuildSettings,
+    judge: Judge | None,
     progress: Progress | None,
 ) -> tuple[ParityReport, BehaviourReport | None]:
-    """Parity of a bundle folder's graphs on the CPU and, when requests were held out, behaviour.
+    """Parity of a bundle folder's graphs on the CPU and, when there is somebody to judge it, behaviour.
 
     Raises `ParityError` when even the unsteered decoder disagrees with the eager model.
     """
@@ -318,13 +321,13 @@ def prove(
             around = run.check_around_decoder(bundle)
             report = given.labelled(run.check_steering(exported, given.folder / STEERED_DECODER, around))
             behaviour = None
-            if inputs.evaluation:
+            if judge is not None:
                 behaviour = measure_behaviour(
                     given.lalm,
                     bundle,
                     given.plan,
                     inputs.evaluation,
-                    settings.judge,
+                    judge,
                     max_new_tokens=settings.max_new_tokens,
                     engine_name=given.engine_name,
                     progress=progress,
@@ -346,6 +349,7 @@ def measure_engine(
     plan: SteeringPlan,
     inputs: BuildInputs,
     settings: BuildSettings,
+    judge: Judge,
     progress: Progress | None,
 ) -> BehaviourReport:
     """Behaviour on an engine of a bundle folder that this machine runs."""
@@ -356,7 +360,7 @@ def measure_engine(
             bundle,
             plan,
             inputs.evaluation,
-            settings.judge,
+            judge,
             max_new_tokens=settings.max_new_tokens,
             batch_size=BATCH_SIZE if rows is None else min(BATCH_SIZE, rows),
             engine_name=entry.backend,

@@ -222,11 +222,15 @@ def _legend(axes: Axes) -> None:
 
 
 def _svg(axes: Axes, name: str, title: str, description: str) -> str:
+    return svg_of(cast("Figure", axes.figure), name, title, description)
+
+
+def svg_of(figure: Figure, name: str, title: str, description: str) -> str:
     """The figure as an `<svg>` element whose ids begin with `name`, so that several fit one page."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with mpl.rc_context(RC):
-        cast("Figure", axes.figure).savefig(buffer, format="svg", metadata=no_metadata)
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

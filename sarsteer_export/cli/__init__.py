@@ -19,6 +19,7 @@ COMMANDS = {
     "build-engine": "Build TensorRT engines of an ONNX file.",
     "refit": "Swap the steering of a steered ONNX file or engine.",
     "verify": "Run parity again from a bundle and its checkpoint.",
+    "evaluate": "Measure refusals, over-refusals and damage, with intervals.",
     "audit": "Say whether a file holds a plan, unaltered.",
     "inspect": "Show what is in a plan, an ONNX file, an engine or a bundle.",
     "run": "Answer a spoken request from a bundle.",

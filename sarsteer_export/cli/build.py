@@ -20,6 +20,8 @@ from sarsteer_export.cli.options import (
     engine_options,
     engine_settings,
     force_option,
+    judge_options,
+    judge_settings,
     overflow_option,
     overlap_option,
     overwrite_option,
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     "--eval-benign", type=ANY_PATH, default=None, help="Held-out benign requests to measure behaviour on."
 )
 @overlap_option
-@click.option("--answer-pattern", default=None, help="Regular expression that every real answer matches.")
+@judge_options
 @click.option(
     "--max-new-tokens", default=32, show_default=True, help="Longest answer when behaviour is measured."
 )
@@ -72,7 +74,6 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         --benign examples/pocket_lalm/data/train_benign.jsonl --alpha 0.5 --rank 2
     """
     from calibration.overlap import AllowedOverlap
-    from sarsteer_export.behaviour import Judge
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.pipeline import build, preview
@@ -80,7 +81,7 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
     settings = BuildSettings(
         calibration=calibration_settings(model, given),
         parity=ParitySettings(**{name: given.pop(name) for name in ("prompts", "decode_steps", "blocks")}),
-        judge=Judge(given.pop("answer_pattern")),
+        judge=judge_settings(given),
         engine=engine_settings(given),
         allow_overlap=AllowedOverlap(given.pop("allow_overlap")),
         **given,

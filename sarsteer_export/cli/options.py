@@ -17,6 +17,7 @@ from sarsteer_export.cli.command import options
 if TYPE_CHECKING:
     from calibration.calibrate import CalibrationSettings
     from sarsteer_export.engine_build import EngineSettings
+    from sarsteer_export.judges.settings import JudgeSettings
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -87,6 +88,51 @@ overlap_option = click.option(
     default=AllowedOverlap.NONE.value,
     show_default=True,
     help="What test requests may share with calibration: the same words in other clips, or all.",
+)
+judge_options = options(
+    click.option("--answer-pattern", default=None, help="Regular expression that every real answer matches."),
+    click.option(
+        "--refusal-phrases",
+        type=FILE,
+        default=None,
+        help="Phrases of refusal, one a line, instead of the shipped ones.",
+    ),
+    click.option(
+        "--judge-model",
+        type=FOLDER,
+        default=None,
+        help="Judge by a text-classification model in this directory instead of phrases.",
+    ),
+    click.option("--judge-refusal-label", default=None, help="The label that model gives refusals."),
+    click.option(
+        "--judge-url",
+        default=None,
+        metavar="http://host/v1",
+        help="Judge by a model behind an OpenAI-compatible endpoint; its key, if it needs one, is read from the "
+        "environment variable SARSTEER_JUDGE_API_KEY.",
+    ),
+    click.option("--judge-model-name", default=None, help="The name of the model at that endpoint."),
+    click.option(
+        "--judge-prompt",
+        type=FILE,
+        default=None,
+        help="What a judging model reads, with {request} and {output} where they go.",
+    ),
+    click.option(
+        "--judge-timeout",
+        default=60.0,
+        show_default=True,
+        help="Seconds one verdict of an endpoint may take.",
+    ),
+    click.option(
+        "--judge-attempts",
+        default=5,
+        show_default=True,
+        help="How often an endpoint is asked for one verdict.",
+    ),
+    click.option(
+        "--judge-concurrency", default=4, show_default=True, help="Verdicts asked of an endpoint at once."
+    ),
 )
 calibration_options = options(
     click.option("--alpha", default=0.1, show_default=True, help="Strength of the steering vectors."),
@@ -172,6 +218,24 @@ def engine_settings(given: dict[str, Any]) -> EngineSettings:
             "shapes, their limits, profiles and compute capabilities are an engine's; name one with --engine"
         )
     return EngineSettings(**values)
+
+
+def judge_settings(given: dict[str, Any]) -> JudgeSettings:
+    """Take the values of `judge_options` out of `given`."""
+    from sarsteer_export.judges.settings import JudgeSettings
+
+    return JudgeSettings(
+        answer_pattern=given.pop("answer_pattern"),
+        refusal_phrases=given.pop("refusal_phrases"),
+        model=given.pop("judge_model"),
+        refusal_label=given.pop("judge_refusal_label"),
+        url=given.pop("judge_url"),
+        model_name=given.pop("judge_model_name"),
+        prompt=given.pop("judge_prompt"),
+        timeout_seconds=given.pop("judge_timeout"),
+        attempts=given.pop("judge_attempts"),
+        concurrency=given.pop("judge_concurrency"),
+    )
 
 
 def read_settings(given: dict[str, Any]) -> ReadSettings:
