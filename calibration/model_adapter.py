@@ -16,6 +16,7 @@ import transformers
 from calibration.architecture import Checkpoint, model_class
 from calibration.decoder_parts import DecoderParts, PartNames, find_decoder
 from calibration.errors import InputError, UnsupportedError
+from calibration.processor import load_processor
 from calibration.token_positions import position_ids
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ class ModelAdapter:
     @classmethod
     def load_processor(cls, checkpoint: Checkpoint) -> Any:
         """The processor of a LALM; the tokenizer of a text-only model."""
-        loader: Any = transformers.AutoProcessor if checkpoint.hears else transformers.AutoTokenizer
+        if checkpoint.hears:
+            return load_processor(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+        loader: Any = transformers.AutoTokenizer
         return loader.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
         )
@@ -101,18 +104,25 @@ class ModelAdapter:
     def audio_parts(self) -> AudioParts | None:
         """The audio encoder and its projector, or None for a text-only model.
 
-        The encoder is the module that transformers marks as taking audio alone; the projector stands beside it.
+        The encoder is the module that transformers marks as taking audio alone, or that has the audio
+        configuration; the projector stands beside it.
         """
         if self.audio_token_id is None:
             return None
         for owner in self.model.modules():
             children = list(owner.children())
-            encoders = [child for child in children if _modality(child) == "audio"]
+            encoders = [child for child in children if self._is_audio_encoder(child)]
             if encoders:
                 (encoder,) = encoders
                 others = [child for child in children if _modality(child) is None and _is_projector(child)]
                 return AudioParts(encoder, others[0] if len(others) == 1 else None, self.audio_token_id)
         raise UnsupportedError(f"{type(self.model).__name__}: no audio encoder found in it")
+
+    def _is_audio_encoder(self, module: nn.Module) -> bool:
+        if _modality(module) == "audio":
+            return True
+        kind = type(getattr(self.model.config, "audio_config", None))
+        return isinstance(module, transformers.PreTrainedModel) and type(module.config) is kind
 
     # ---------------------------------------------------------------------------------------------- processor
 
@@ -187,9 +197,33 @@ class ModelAdapter:
 
     def prompts(self, texts: Sequence[str], *, spoken: bool) -> list[str]:
         """User turns in the chat template, generation prompt included, one audio token for a clip."""
-        conversations = [self.conversation(text, spoken=spoken) for text in texts]
-        rendered: list[str] = self.processor.apply_chat_template(
-            conversations, add_generation_prompt=True, tokenize=False
+        turns = [self.conversation(text, spoken=spoken) for text in texts]
+        return self._rendered(turns if self._takes_parts else [self._plain(turn) for turn in turns])
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template takes a turn as a list of parts; some take it as text that holds the audio token."""
+        if not self.hears:
+            return True
+        try:
+            (rendered,) = self._rendered([self.conversation("", spoken=True)])
+        except Exception:  # a template written for text fails as it likes
+            return False
+        return self.audio_token is None or self.audio_token in rendered
+
+    def _plain(self, turn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        def content(message: dict[str, Any]) -> Any:
+            if isinstance(message["content"], str):
+                return message["content"]
+            parts = message["content"]
+            return "".join(self.audio_token if part["type"] == "audio" else part["text"] for part in parts)
+
+        return [message | {"content": content(message)} for message in turn]
+
+    def _rendered(self, turns: list[list[dict[str, Any]]]) -> list[str]:
+        template_of = self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
+        rendered: list[str] = template_of.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False
         )
         return rendered
 
@@ -198,7 +232,9 @@ class ModelAdapter:
     ) -> Mapping[str, Any]:
         """The processor's model inputs of B user turns, padded on the left."""
         prompts = self.prompts(texts, spoken=audios is not None)
-        spoken = {"audio": list(audios), "sampling_rate": self.sampling_rate} if audios is not None else {}
+        spoken: dict[str, Any] = {"audio": None} if self.hears else {}  # some processors insist on being told
+        if audios is not None:
+            spoken = {"audio": list(audios), "sampling_rate": self.sampling_rate}
         # A template that begins with the token of beginning has said it; the tokenizer must not say it again.
         first = getattr(self.tokenizer, "bos_token", None)
         told = {"add_special_tokens": False} if first and prompts[0].startswith(first) else {}

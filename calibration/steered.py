@@ -15,7 +15,7 @@ from calibration.decoder_parts import DecoderParts, find_decoder
 from calibration.errors import InputError, UnsupportedError
 from calibration.plan import Add, Edit, Positions, Site, SteeringPlan, check_plan_fits
 from calibration.states import hidden_of
-from calibration.token_positions import selected
+from calibration.token_positions import attended_tokens, selected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +83,7 @@ class _Window:
         self._selected: dict[Positions, torch.Tensor] = {}
 
     def read(self, _decoder: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+        mask = attended_tokens(kwargs.get("attention_mask"))
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             raise UnsupportedError(
                 "steering needs the decoder's 2-D attention mask [batch, past + sequence] to find the last "

@@ -5,7 +5,7 @@ Dimensions: B batch, S sequence of this forward pass, T past and present.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,21 @@ if TYPE_CHECKING:
 def position_ids(attention_mask_BT: torch.Tensor) -> torch.Tensor:
     """Positions (B, T) counted over attended tokens only; 0 at padding before the first of them."""
     return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def attended_tokens(attention_mask: Any) -> Any:
+    """The mask (B, T) behind the causal masks (B, 1, S, T) of a decoder with several kinds of attention.
+
+    Such a decoder is given them by kind; a token that any position of this pass attends to is no padding. Whatever
+    else a decoder is given is returned as it is.
+    """
+    if not isinstance(attention_mask, dict) or "full_attention" not in attention_mask:
+        return attention_mask
+    causal_B1ST = attention_mask["full_attention"]
+    if causal_B1ST is None:  # nothing is padding
+        return None
+    attended_B1ST = causal_B1ST if causal_B1ST.dtype == torch.bool else causal_B1ST == 0
+    return attended_B1ST[:, 0].any(dim=1).long()
 
 
 def last_attended(attention_mask_BT: torch.Tensor, sequence: int) -> torch.Tensor:

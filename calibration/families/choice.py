@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from calibration.families.gemma4 import Gemma4
+from calibration.families.glmasr import GlmAsr
+from calibration.families.granite_speech import GraniteSpeech
+from calibration.families.phi4_multimodal import Phi4Multimodal
+from calibration.families.qwen3_asr import Qwen3Asr
 from calibration.model_adapter import ModelAdapter
 
 if TYPE_CHECKING:
     from calibration.architecture import Checkpoint
 
-ADAPTERS: tuple[type[ModelAdapter], ...] = ()
+ADAPTERS: tuple[type[ModelAdapter], ...] = (Gemma4, GlmAsr, GraniteSpeech, Phi4Multimodal, Qwen3Asr)
 """Adapters of families that need their own; every other model is driven by `ModelAdapter`."""
 
 
