@@ -67,8 +67,8 @@ class Command(click.Command):
                 raise
             lines = str(error).split(DETAIL) if error.has_details else [str(error)]
             _fail(context, lines, error.exit_code)
-        except KeyboardInterrupt:
-            _fail(context, ["interrupted; nothing was written"], INTERRUPTED)
+        except KeyboardInterrupt as interrupt:
+            _fail(context, [str(interrupt) or "interrupted; nothing was written"], INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # the last resort: one message, whatever happened
