@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from sarsteer_export.evaluation.figures import KL, KL_TITLE
-from sarsteer_export.report_plots import GRID, LIMIT, MARKERS, RC, TEXT, svg_of
+from sarsteer_export.report_plots import GRID, LIMIT, MARKERS, RC, TEXT, power_of_ten, svg_of
 from sarsteer_export.sweeping.pareto import ATTACK_SUCCESS, BENIGN_ANSWERED, pareto_front
 
 if TYPE_CHECKING:
@@ -34,16 +35,16 @@ RINGED: dict[str, Any] = {
     "markeredgewidth": 0.9,
 }
 """The points of the Pareto front."""
-COLOURS = ("#040404", "#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a", "#0b0b0b")
+COLOURS = tuple(f"#1{number}0101" for number in range(8))
 """Stand-ins for `--line-1` and so on; lines beyond them have the same colours with other markers."""
-USABLE = "#0c0c0c"
+USABLE = "#200101"
 CHOSEN: dict[str, Any] = {"linestyle": "none", "marker": "*", "color": USABLE, "markeredgecolor": TEXT}
 RATES = (
     (ATTACK_SUCCESS, "harmful: attack success"),
     ("refused", "harmful: refused"),
     (BENIGN_ANSWERED, "benign: answered"),
 )
-RATE_COLOURS = ("#0d0d0d", "#0e0e0e", "#0f0f0f")
+RATE_COLOURS = ("#300101", "#310101", "#320101")
 LIGHT = {
     "line-1": "#0969da",
     "line-2": "#bc4c00",
@@ -171,6 +172,8 @@ def _kl_scale(axes: Axes, points: Sequence[Point]) -> None:
     if values:
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 1.6, max(values) * 1.6)
+        axes.xaxis.set_major_formatter(FuncFormatter(power_of_ten))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _damage_limit(found: Sweep, figure: str) -> float | None:

@@ -199,7 +199,7 @@ class Sweep:
             ]
             rows.append([f"{alpha:g}", *marked])
         heading = "Attack success / refused / benign answered"
-        every = "" if step == 1 else f", every {step}. alpha of the sweep and the chosen one"
+        every = "" if step == 1 else f", of one alpha in {step} and the chosen one"
         return f"{heading}{every}; usable settings in bold.\n\n{markdown_table(rows)}"
 
     def with_plan(self, digest: str | None) -> Sweep:
