@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 POCKET := examples/pocket_lalm
 SOURCES := calibration graph_passes engines sarsteer_export
 
-.PHONY: help setup demo test lint format bench fuzz gpu-check pocket-lalm clean
+.PHONY: help setup demo test lint format bench results fuzz gpu-check pocket-lalm clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -48,6 +48,9 @@ bench: $(STAMP)  ## Measure what steering costs at run time, when a graph is pat
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/patch_scale.py
 	$(BIN)/python benchmarks/engine_build.py
+
+results: $(STAMP)  ## Measure the pocket LALM undefended, steered and at random; write docs/results.md and the README's table
+	$(BIN)/python benchmarks/results.py
 
 fuzz: $(STAMP)  ## Give every command 2,000 damaged graphs and plans, other ones each time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m nightly tests/fuzz

@@ -168,7 +168,7 @@ def build(
             if judge is not None and judged.verdict is Verdict.PASSED
         ]
         manifest = finish(folder, manifest, report, proven, behaviour, measured, inputs, settings)
-    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs)
+    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs, settings)
     return BuildResult(
         path=target,
         parity=report.to_json(),
@@ -176,7 +176,7 @@ def build(
         behaviour=measured_on_graphs,
         behaviour_table=None if measured_on_graphs is None else measured_on_graphs["table"],
         engines=manifest.engines,
-        engine_behaviour={entry.label: _with_table(found, inputs) for entry, found in measured},
+        engine_behaviour={entry.label: _with_table(found, inputs, settings) for entry, found in measured},
         reused=reusable,
         data=_data_counts(plan, measured_on_graphs),
     )
@@ -383,9 +383,9 @@ def finish(
     for entry, judged in proven:
         _write_parity(folder / entry.report, judged)
     if behaviour is not None:
-        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, inputs))
+        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, inputs, settings))
     for entry, found in measured:
-        _write_json(folder / entry.behaviour, _with_table(found, inputs))
+        _write_json(folder / entry.behaviour, _with_table(found, inputs, settings))
     if not settings.keep_unsteered:
         (folder / UNSTEERED_DECODER).unlink()
     parity = {"verdict": report.verdict.value, "backend": report.backend, "precision": report.precision}
@@ -411,14 +411,15 @@ def _data_counts(plan: SteeringPlan, behaviour: dict[str, Any] | None) -> dict[s
     return known | {f"eval_{kind}": counts for kind, counts in held_out.items()}
 
 
-def _with_table(report: BehaviourReport, inputs: BuildInputs) -> dict[str, Any]:
-    """A report on behaviour as JSON, which says how many requests were skipped, and how many were no new ones."""
+def _with_table(report: BehaviourReport, inputs: BuildInputs, settings: BuildSettings) -> dict[str, Any]:
+    """A report on behaviour as JSON; it says who judged, what was skipped, and how many requests were no new ones."""
     table, overlap = report.table(), inputs.overlap
     if any(overlap.counts.values()):
         table += f"\nrequests that calibration saw: {overlap.text()}, which was allowed"
     return report.to_json() | {
         "held_out": inputs.held_out_counts,
         "overlap": overlap.counts,
+        "judge": settings.judge.identity(),
         "table": table,
     }
 

@@ -23,11 +23,13 @@ DOCUMENTS = [
     "docs/data.md",
     "docs/decoders.md",
     "docs/engines.md",
+    "docs/evaluate.md",
     "docs/gpu.md",
     "docs/inspect.md",
     "docs/interchange.md",
     "docs/parity.md",
     "docs/plan.md",
+    "docs/results.md",
     "examples/pocket_lalm/README.md",
 ]
 

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from calibration.lalm import Lalm, encode_requests
 from calibration.plan import check_plan_fits
-from calibration.states import load_clips
+from calibration.states import heard_clips
 from calibration.steered import steered
 from sarsteer_export.evaluation.respondent import Reply, log_softmax
 
@@ -85,7 +85,7 @@ class EagerSpeaker:
 
     def _generate(self, requests: Sequence[SpokenRequest], **settings: Any) -> torch.Tensor:
         """The tokens behind the prompts, int64 (B, S)."""
-        clips = load_clips(self.lalm, requests)
+        clips = heard_clips(self.lalm, requests)
         inputs = encode_requests(self.lalm, [request.text for request in requests], clips)
         inputs.pop("position_ids", None)  # `generate` counts positions itself, over attended tokens
         model: Any = self.lalm.model

@@ -6,7 +6,7 @@ Reads as its steps: read and check, open who is asked, ask every system on every
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from calibration.overlap import AllowedOverlap, check_kinds, check_unseen
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.records import ReadSettings, SpokenRequest, check_audio_file
 from calibration.requests import RequestSet, load_audio, read_request_set
-from engines.backends import CPU_BACKEND
+from engines.backends import CPU_BACKEND, Runtime
 from sarsteer_export.bundle.bundle import Bundle, load_bundle
 from sarsteer_export.bundle.manifest import MANIFEST, PLAN, Manifest
 from sarsteer_export.evaluation.agreement import Agreement, agreement
@@ -72,12 +72,13 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class _Opened:
-    """Who can be asked, the plans, and what reports say of the target."""
+    """Who can be asked and how many requests at once, the plans, and what reports say of the target."""
 
     respondents: tuple[Respondent, ...]
     plans: tuple[LabelledPlan, ...]
     target: dict[str, Any]
     check: Callable[[SpokenRequest], None]
+    measure: MeasureSettings
 
 
 @dataclass
@@ -121,7 +122,7 @@ def evaluate(
             )
             for given in opened.plans
         }
-        asked, notes = _ask(opened.respondents, systems, requests, judge, settings, progress)
+        asked, notes = _ask(opened, systems, requests, judge, progress)
     rows = tuple(
         _row(system, respondent.runtime, found, settings)
         for respondent, found in asked
@@ -143,7 +144,7 @@ def evaluate(
         "requests": {kind: found.summary() for kind, found in sets.items()},
         "overlap": {label: overlap.counts for label, overlap in overlaps.items()},
         "settings": {
-            **asdict(settings.measure),
+            **asdict(opened.measure),
             **asdict(settings.bootstrap),
             "random_seeds": list(settings.random_seeds),
             "limit": settings.limit,
@@ -201,7 +202,7 @@ def _checkpoint(folder: Path, settings: EvaluationSettings) -> Iterator[_Opened]
         "fingerprint": lalm.fingerprint,
         "dtype": settings.dtype or "float32",
     }
-    yield _Opened((respondent,), tuple(plans), target, _clip_check(lalm))
+    yield _Opened((respondent,), tuple(plans), target, _clip_check(lalm), settings.measure)
 
 
 @contextmanager
@@ -232,7 +233,7 @@ def _bundle(folder: Path, settings: EvaluationSettings) -> Iterator[_Opened]:
             lalm, eager = _eager(Path(settings.model), dtype, settings)
             respondents, check = (eager, engine), _clip_check(lalm)
         target = {"bundle": folder.name, **manifest.model, "engine": settings.engine}
-        yield _Opened(respondents, plans, target, check)
+        yield _Opened(respondents, plans, target, check, _fitting(folder, bundle, settings.measure))
 
 
 def _plans_of(folder: Path, made_from: str, settings: EvaluationSettings) -> tuple[LabelledPlan, ...]:
@@ -249,6 +250,16 @@ def _plans_of(folder: Path, made_from: str, settings: EvaluationSettings) -> tup
         )
     named = any(one.plan.digest() == own.digest() for one in given)
     return tuple(given if named else [LabelledPlan(OWN_PLAN, own), *given])
+
+
+def _fitting(folder: Path, bundle: Bundle, wanted: MeasureSettings) -> MeasureSettings:
+    """The same with batches that the bundle's engine admits."""
+    if bundle.backend.runtime is Runtime.ONNX_RUNTIME:
+        return wanted
+    from sarsteer_export.bundle_engines import rows_of
+
+    rows = rows_of(folder, bundle.manifest.engine(bundle.backend.name))
+    return wanted if rows is None else replace(wanted, batch_size=min(wanted.batch_size, rows))
 
 
 def _loaded(plan: str | Path | SteeringPlan) -> SteeringPlan:
@@ -282,11 +293,10 @@ Asked = list[tuple["Respondent", dict[str, list["Measured"]]]]
 
 
 def _ask(
-    respondents: Sequence[Respondent],
+    opened: _Opened,
     systems: Sequence[System],
     requests: dict[str, Sequence[SpokenRequest]],
     judge: Judge,
-    settings: EvaluationSettings,
     progress: Progress | None,
 ) -> tuple[Asked, list[str]]:
     """What every system that a respondent serves said, by the system's name; and notes on those it does not."""
@@ -294,7 +304,7 @@ def _ask(
         respondent.runtime: [
             system for system in systems if all(respondent.serves(plan) for plan in system.plans)
         ]
-        for respondent in respondents
+        for respondent in opened.respondents
     }
     total = 0
     notes: list[str] = []
@@ -309,12 +319,12 @@ def _ask(
             )
     counter = _Counter(progress, total)
     asked: Asked = []
-    for respondent in respondents:
+    for respondent in opened.respondents:
         reference: Reference | None = None
         said: dict[str, list[Measured]] = {}
         for system in served[respondent.runtime]:
             if system.kind is SystemKind.UNDEFENDED:
-                reference = undefended(respondent, requests, judge, settings.measure, advance=counter)
+                reference = undefended(respondent, requests, judge, opened.measure, advance=counter)
                 said[system.name] = [reference.measured]
                 continue
             said[system.name] = [
@@ -323,7 +333,7 @@ def _ask(
                     plan,
                     requests,
                     judge,
-                    settings.measure,
+                    opened.measure,
                     reference=reference,
                     advance=counter,
                 )

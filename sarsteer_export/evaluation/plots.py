@@ -98,7 +98,7 @@ def _draw_damage(axes: Axes, rows: Sequence[Row], systems: Sequence[str], runtim
                 xytext=(5, 5),
                 textcoords="offset points",
             )
-    axes.set_xlabel(f"{KL_TITLE}, on benign answers")
+    axes.set_xlabel(f"benign: {KL_TITLE}")
     axes.set_ylabel("attack success")
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlim(left=0)

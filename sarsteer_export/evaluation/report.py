@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sarsteer_export.evaluation.intervals import Estimate
 
 FORMAT, VERSION = "sarsteer-evaluation", 1
+ALL_FIGURES = (*(figure.name for figure in FIGURES), KL)
 MARK = "*"
 """Stands at intervals by formula."""
 
@@ -92,6 +93,14 @@ class Evaluation:
         return [[row.system, row.runtime, *cells(row, harmful=harmful)] for row in self.rows]
 
 
+def figure_title(name: str) -> str:
+    """What a table of both kinds of requests calls a figure."""
+    if name == KL:
+        return KL_TITLE
+    figure = next(figure for figure in FIGURES if figure.name == name)
+    return f"{figure.requests}: {figure.title}"
+
+
 def titles(*, harmful: bool) -> list[str]:
     """The headings of one kind of requests."""
     found = [figure.title for figure in FIGURES if (figure.requests == HARMFUL) is harmful]
@@ -105,15 +114,27 @@ def cells(row: Row, *, harmful: bool) -> list[str]:
     return found if harmful else [*found, _kl_text(row.figures.get(KL))]
 
 
-def markdown_rows(rows: Sequence[Row]) -> list[str]:
-    """The lines of a Markdown table: a heading, then a line per system and runtime."""
-    heads = [f"harmful: {title}" for title in titles(harmful=True)]
-    heads += [f"benign: {title}" for title in titles(harmful=False)[:-1]] + [KL_TITLE]
+def markdown_rows(rows: Sequence[Row], names: Sequence[str] = ALL_FIGURES) -> list[str]:
+    """The lines of a Markdown table: a heading, then a line per system and runtime with the named figures."""
+    heads = [figure_title(name) for name in names]
     lines = [f"| system | runtime | {' | '.join(heads)} |", f"|{' --- |' * (len(heads) + 2)}"]
     for row in rows:
-        figures = [*cells(row, harmful=True), *cells(row, harmful=False)]
-        name = row.system.replace("|", "\\|")
-        lines.append(f"| {name} | {row.runtime} | {' | '.join(figures).replace(MARK, chr(92) + MARK)} |")
+        figures = [_text(name, row.figures.get(name)).replace(MARK, f"\\{MARK}") for name in names]
+        lines.append(f"| {_in_cell(row.system)} | {row.runtime} | {' | '.join(figures)} |")
+    return lines
+
+
+def difference_rows(rows: Sequence[Row]) -> list[str]:
+    """The same for what steering changes: every share less that of the undefended system, paired by prompt."""
+    names = [figure.name for figure in FIGURES]
+    lines = [
+        f"| system | runtime | {' | '.join(map(figure_title, names))} |",
+        f"|{' --- |' * (len(names) + 2)}",
+    ]
+    for row in rows:
+        if row.differences is not None:
+            figures = [_difference_text(row.differences[name]) for name in names]
+            lines.append(f"| {_in_cell(row.system)} | {row.runtime} | {' | '.join(figures)} |")
     return lines
 
 
@@ -129,6 +150,22 @@ def agreement_lines(agreements: Sequence[Agreement]) -> list[str]:
 def any_marked(rows: Sequence[Row]) -> bool:
     """Whether a table of these rows shows an interval by formula."""
     return any(estimate.interval is estimate.formula for row in rows for estimate in row.figures.values())
+
+
+def _in_cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _text(name: str, estimate: Estimate | None) -> str:
+    if name == KL or estimate is None:
+        return _kl_text(estimate)
+    return _share_text(estimate)
+
+
+def _difference_text(estimate: Estimate) -> str:
+    shown = estimate.interval
+    mark = f"\\{MARK}" if shown is estimate.formula else ""
+    return f"{estimate.value:+.2f} [{shown.low:+.2f}, {shown.high:+.2f}]{mark}"
 
 
 def _share_text(estimate: Estimate) -> str:

@@ -92,6 +92,27 @@ def test_damage_is_that_of_a_plain_cached_loop(
     np.testing.assert_allclose(damage.sums, wanted, rtol=KL_RTOL)
 
 
+def test_damage_ends_where_each_answer_ends(
+    lalm: Lalm, plan: SteeringPlan, requests: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch whose answers are of different lengths: what is forced behind the end of one does not count."""
+    respondent = EagerRespondent(lalm)
+    with respondent.speaker(None) as speaker:
+        first, *_ = speaker.replies(requests["benign"], max_new_tokens=4)
+    monkeypatch.setattr(lalm.model.generation_config, "eos_token_id", [first.tokens[0]])
+    one_batch = MeasureSettings(max_new_tokens=4, batch_size=4)
+    reference = undefended(respondent, requests, JUDGE, one_batch)
+    (continuation,) = reference.continuations
+    assert len({len(tokens) for tokens in continuation.tokens}) > 1
+    damage = measure(respondent, plan, requests, JUDGE, one_batch, reference=reference).damage
+    assert damage is not None
+    wanted = [
+        plain_damage(lalm, plan, request, list(tokens))
+        for request, tokens in zip(requests["benign"], continuation.tokens, strict=True)
+    ]
+    np.testing.assert_allclose(damage.sums, wanted, rtol=KL_RTOL)
+
+
 def test_the_engine_measures_what_eager_does(
     bundle: Bundle, plan: SteeringPlan, requests: dict, on_eager: tuple[Measured, Measured]
 ) -> None:
