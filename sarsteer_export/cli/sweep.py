@@ -112,17 +112,15 @@ def command(model: Path, output: Path, overwrite: bool, restart: bool, as_json: 
 
     Every setting is calibrated on one pair of sets and measured on another. On every line of one lambda, rank and
     set of layers the widest run of usable alphas is found; chosen is the middle of the widest of all. The folder
-    holds all figures, a picture, and the chosen plan. An interrupted sweep is gone on from by the same command.
+    holds all figures, a picture, and the chosen plan; where no setting is usable it holds no plan, and the exit code
+    is 6. An interrupted sweep is gone on from by the same command.
 
     \b
-    Examples:
+    Example:
       sarsteer-export sweep models/Qwen2-Audio-7B-Instruct -o sweep --device cuda --dtype bfloat16 \\
         --harmful train_harmful.jsonl --benign train_benign.jsonl \\
-        --eval-harmful validation_harmful.jsonl --eval-benign validation_benign.jsonl
-      sarsteer-export sweep MODEL ... --alphas e24:0.05:1 --lambdas 0.5,1 --ranks 0,5,10 --layer-sets 'all;8-23'
-
-    \b
-    Exit codes: 0 a plan was chosen; 6 no setting is usable: the folder then holds no plan.
+        --eval-harmful validation_harmful.jsonl --eval-benign validation_benign.jsonl \\
+        --alphas e24:0.02:0.5 --ranks 0,5,10 --layer-sets 'all;8-23'
     """
     from calibration.calibrate import REFUSAL_PROMPT
     from calibration.overlap import AllowedOverlap
