@@ -67,7 +67,12 @@ def listening_part(config: dict[str, Any]) -> str | None:
 
 
 def hears_audio(config: dict[str, Any]) -> bool:
-    """Whether a configuration names an audio encoder, or a token that stands for audio."""
+    """Whether a configuration names an audio encoder, or at least a token that stands for audio.
+
+    Some families have models without an encoder, whose `audio_config` is null.
+    """
+    if "audio_config" in config:
+        return config["audio_config"] is not None
     return any(key in config for key in AUDIO_KEYS) or listening_part(config) is not None
 
 

@@ -5,14 +5,22 @@ Dimensions: L decoder blocks, D width of the residual stream, V vocabulary.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
 
 from calibration.errors import InputError, UnsupportedError
+from calibration.not_supported import why_not_supported
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NEAREST = 4
+"""How many names an error offers for one that is not there."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,16 @@ class DecoderParts:
 class PartNames:
     """Dotted names of a decoder's parts inside a model, such as `model.layers`; None where accessors find it.
 
-    `decoder` names the list of blocks; the module around that list is the one that runs them.
+    `decoder` names the list of blocks; the module around that list is the one that runs them. `embed_tokens`,
+    `audio_encoder` and `projector` are in front of the decoder.
     """
 
     decoder: str | None = None
     final_norm: str | None = None
     lm_head: str | None = None
+    embed_tokens: str | None = None
+    audio_encoder: str | None = None
+    projector: str | None = None
 
 
 def find_decoder(model: nn.Module, names: PartNames | None = None) -> DecoderParts:
@@ -56,8 +68,10 @@ def find_decoder(model: nn.Module, names: PartNames | None = None) -> DecoderPar
     else:
         decoder = _decoder_of(model)
         blocks = _blocks_of(decoder)
-    final_norm = _named(model, names.final_norm) if names.final_norm else _final_norm_of(decoder, blocks)
-    lm_head = _named(model, names.lm_head) if names.lm_head else _lm_head_of(model)
+    final_norm = (
+        named_module(model, names.final_norm) if names.final_norm else _final_norm_of(decoder, blocks)
+    )
+    lm_head = named_module(model, names.lm_head) if names.lm_head else _lm_head_of(model)
     if blocks is None or final_norm is None or lm_head is None:
         missing = {"decoder blocks": blocks, "final norm": final_norm, "lm_head": lm_head}
         raise UnsupportedError(
@@ -81,6 +95,8 @@ def _decoder_of(model: nn.Module) -> nn.Module:
         raise UnsupportedError(
             f"{type(model).__name__} is not a transformers model; name its decoder's parts"
         )
+    if (reason := why_not_supported(getattr(model.config, "model_type", None))) is not None:
+        raise UnsupportedError(f"{type(model).__name__}: {reason}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError(
             f"{type(model).__name__}: no decoder found; its decoder attends to an encoder's states, expected "
@@ -129,21 +145,38 @@ def _lm_head_of(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _named_blocks(model: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleList]:
-    blocks = _named(model, name)
-    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
-        raise InputError(
-            f"decoder {name!r} is a {type(blocks).__name__}; expected the list of decoder blocks"
-        )
-    return _named(model, name.rpartition(".")[0]), blocks
-
-
-def _named(model: nn.Module, name: str) -> nn.Module:
-    module = submodule(model, name)
+def named_module(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of a dotted name. Raises `InputError`, with the names most like it, when there is none."""
+    module = submodule(model, name) if name else None
     if module is None:
-        children = ", ".join(child for child, _ in model.named_children())
-        raise InputError(f"{type(model).__name__} has no module {name!r}; it holds {children}")
+        near = _nearest(name, [path for path, _ in _outside_blocks(model)])
+        raise InputError(f"{type(model).__name__} has no part {name!r}; nearest are {near}")
     return module
+
+
+def _named_blocks(model: nn.Module, name: str) -> tuple[nn.Module, nn.ModuleList]:
+    blocks = submodule(model, name) if name else None
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+        lists = [path for path, module in _outside_blocks(model) if isinstance(module, nn.ModuleList)]
+        found = "is not in it" if blocks is None else f"is a {type(blocks).__name__}"
+        raise InputError(
+            f"decoder {name!r} {found}; expected the list of decoder blocks; {type(model).__name__} has the lists "
+            f"{_nearest(name, lists)}"
+        )
+    owner, _, _ = name.rpartition(".")
+    return model.get_submodule(owner), blocks
+
+
+def _outside_blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every submodule with its dotted name, but for those inside of lists."""
+    for name, child in model.named_children():
+        yield prefix + name, child
+        if not isinstance(child, nn.ModuleList):
+            yield from _outside_blocks(child, f"{prefix}{name}.")
+
+
+def _nearest(name: str, paths: list[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, paths, n=NEAREST, cutoff=0.0)) or "none"
 
 
 def _width(decoder: nn.Module, lm_head: nn.Module) -> int:

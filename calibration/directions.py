@@ -125,7 +125,8 @@ def steering_plan(
 ) -> SteeringPlan:
     """The SARSteer plan: add α v⊥ to every chosen block's output at the last position.
 
-    One set of statistics serves any number of settings. Raises `InputError` when a layer of `settings` is not a block of the model.
+    One set of statistics serves any number of settings. Raises `InputError` when a layer of `settings` is not a block
+    of the model.
     """
     vectors_LD = steering_vectors(calibrated, rank=settings.rank, ablation=settings.ablation)
     num_layers, hidden_size = vectors_LD.shape

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import transformers
 
 from calibration.architecture import Checkpoint, model_class
-from calibration.decoder_parts import DecoderParts, PartNames, find_decoder
+from calibration.decoder_parts import DecoderParts, PartNames, find_decoder, named_module
 from calibration.errors import InputError, UnsupportedError
+from calibration.placement import input_device
 from calibration.processor import load_processor
+from calibration.remote_code import own_code
 from calibration.token_positions import position_ids
 
 if TYPE_CHECKING:
@@ -58,22 +60,24 @@ class ModelAdapter:
 
     @classmethod
     def load_model(cls, checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
-        """The model on the CPU, and what `from_pretrained` says of keys missing and mismatched."""
+        """The model, on the CPU or spread by a device map, and what `from_pretrained` says of keys that do not fit."""
         config = checkpoint.listening_config
         model, loading = model_class(checkpoint).from_pretrained(
             checkpoint.folder,
             **({} if config is None else {"config": config}),
+            **({} if checkpoint.device_map is None else {"device_map": checkpoint.device_map}),
             dtype=checkpoint.dtype,
             local_files_only=True,
             output_loading_info=True,
             use_safetensors=True,
+            **({"trust_remote_code": True} if checkpoint.runs_own_code else {}),
         )
         return model, loading
 
     @classmethod
     def load_processor(cls, checkpoint: Checkpoint) -> Any:
         """The processor of a LALM; the tokenizer of a text-only model."""
-        if checkpoint.hears:
+        if checkpoint.hears or "AutoProcessor" in own_code(checkpoint.config):
             return load_processor(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
         loader: Any = transformers.AutoTokenizer
         return loader.from_pretrained(
@@ -101,6 +105,14 @@ class ModelAdapter:
         return find_decoder(self.model, self.names)
 
     @cached_property
+    def embed_tokens(self) -> nn.Module:
+        """The embedding of tokens in front of the decoder."""
+        if self.names is not None and self.names.embed_tokens is not None:
+            return named_module(self.model, self.names.embed_tokens)
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return embedding
+
+    @cached_property
     def audio_parts(self) -> AudioParts | None:
         """The audio encoder and its projector, or None for a text-only model.
 
@@ -109,6 +121,10 @@ class ModelAdapter:
         """
         if self.audio_token_id is None:
             return None
+        if self.names is not None and self.names.audio_encoder is not None:
+            encoder = named_module(self.model, self.names.audio_encoder)
+            projector = self.names.projector and named_module(self.model, self.names.projector)
+            return AudioParts(encoder, projector or None, self.audio_token_id)
         for owner in self.model.modules():
             children = list(owner.children())
             encoders = [child for child in children if self._is_audio_encoder(child)]
@@ -128,8 +144,8 @@ class ModelAdapter:
 
     @property
     def hears(self) -> bool:
-        """Whether the model takes audio."""
-        return self.feature_extractor is not None
+        """Whether the model takes audio: it has an encoder for it, and a processor that extracts features."""
+        return self.feature_extractor is not None and self.audio_token_id is not None
 
     @property
     def tokenizer(self) -> Any:
@@ -163,6 +179,10 @@ class ModelAdapter:
     def audio_token_id(self) -> int | None:
         """The id of the token that stands for one audio embedding, or None for a text-only model."""
         config = self.model.config
+        if (
+            getattr(config, "audio_config", config) is None
+        ):  # a model of a family that hears, made without ears
+            return None
         for owner in (config, getattr(config, "audio_config", None)):
             for name in ("audio_token_id", "audio_token_index"):
                 if (token_id := getattr(owner, name, None)) is not None:
@@ -179,12 +199,33 @@ class ModelAdapter:
         )
 
     @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The ids of tokens that end an answer."""
+        end = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return (int(end),) if isinstance(end, int) else tuple(end or ())
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id of the token that pads text."""
+        token_id = self.tokenizer.pad_token_id
+        return None if token_id is None else int(token_id)
+
+    @property
     def chat_template(self) -> str | None:
         """The chat template's source, the processor's own before the tokenizer's."""
         for owner in (self.processor, self.tokenizer):
             if (template := getattr(owner, "chat_template", None)) is not None:
                 return str(template)
         return None
+
+    @cached_property
+    def _placeholders(self) -> dict[str, str]:
+        """Tokens that a text must not hold, and what each stands for."""
+        named = {"a clip": self.audio_token} | {
+            what: getattr(self.processor, f"{kind}_token", None)
+            for kind, what in (("image", "a picture"), ("video", "a video"))
+        }
+        return {token: what for what, token in named.items() if isinstance(token, str) and token}
 
     # ------------------------------------------------------------------------------------------------- inputs
 
@@ -216,7 +257,9 @@ class ModelAdapter:
             if isinstance(message["content"], str):
                 return message["content"]
             parts = message["content"]
-            return "".join(self.audio_token if part["type"] == "audio" else part["text"] for part in parts)
+            return "".join(
+                str(self.audio_token) if part["type"] == "audio" else part["text"] for part in parts
+            )
 
         return [message | {"content": content(message)} for message in turn]
 
@@ -232,14 +275,20 @@ class ModelAdapter:
     ) -> Mapping[str, Any]:
         """The processor's model inputs of B user turns, padded on the left."""
         prompts = self.prompts(texts, spoken=audios is not None)
-        spoken: dict[str, Any] = {"audio": None} if self.hears else {}  # some processors insist on being told
-        if audios is not None:
-            spoken = {"audio": list(audios), "sampling_rate": self.sampling_rate}
+        text_settings: dict[str, Any] = {"padding": True, "padding_side": "left"}
         # A template that begins with the token of beginning has said it; the tokenizer must not say it again.
         first = getattr(self.tokenizer, "bos_token", None)
-        told = {"add_special_tokens": False} if first and prompts[0].startswith(first) else {}
+        if first and prompts[0].startswith(first):
+            text_settings["add_special_tokens"] = False
+        if not self.hears:
+            return cast("Mapping[str, Any]", self.tokenizer(prompts, return_tensors="pt", **text_settings))
+        audio_settings = {} if audios is None else {"sampling_rate": self.sampling_rate}
         batch: Mapping[str, Any] = self.processor(
-            text=prompts, return_tensors="pt", padding=True, padding_side="left", **spoken, **told
+            text=prompts,
+            audio=None if audios is None else list(audios),
+            return_tensors="pt",
+            text_kwargs=text_settings,  # how features are padded is the processor's business, not the text's
+            audio_kwargs=audio_settings,
         )
         return batch
 
@@ -252,11 +301,12 @@ class ModelAdapter:
         """
         if audios is not None and not self.hears:
             raise InputError(f"{type(self.model).__name__} takes no audio; expected requests without audio")
-        token = self.audio_token
-        if token is not None and any(token in text for text in texts):
-            raise InputError(f"a text holds {token}, which stands for a clip; remove it")
+        for token, what in self._placeholders.items():
+            if any(token in text for text in texts):
+                raise InputError(f"a text holds {token}, which stands for {what}; remove it")
+        device = input_device(self.model)
         inputs = {
-            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            name: value.to(device, self.model.dtype if value.is_floating_point() else None)
             for name, value in self.process(texts, audios).items()
             if isinstance(value, torch.Tensor)
         }
@@ -289,6 +339,19 @@ class ModelAdapter:
         embeds_BSD = self.decoder_inputs(inputs)["inputs_embeds"]
         found: torch.Tensor = embeds_BSD[inputs["input_ids"] == self.audio_token_id]
         return found
+
+    def audio_token_count(self, clip: NDArray[np.float32]) -> int:
+        """How many audio embeddings the model makes of a clip (samples,), by its processor's own count."""
+        ids = self.encode([""], [clip])["input_ids"]
+        return int((ids == torch.tensor(self.audio_token_id)).sum())
+
+    def generate(self, inputs: Mapping[str, torch.Tensor], **settings: Any) -> torch.Tensor:
+        """The tokens that the model writes behind what `encode` made, int64 (B, S); `settings` are `generate`'s."""
+        told = {
+            name: value for name, value in inputs.items() if name != "position_ids"
+        }  # it counts them itself
+        tokens_BS: torch.Tensor = self.model.generate(**told, **settings)
+        return tokens_BS[:, inputs["input_ids"].shape[1] :]
 
     def logits(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
         """Logits (B, S, V) of what the decoder returns."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from calibration.errors import InputError
+from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, audio_token_count, encode_requests
 from calibration.requests import SpokenRequest, check_requests, load_audio
 from calibration.token_positions import last_attended
@@ -51,6 +51,11 @@ def hidden_of(output: Any) -> torch.Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, torch.Tensor):
         raise TypeError(f"a decoder block returned {type(output).__name__}; expected a tensor or a tuple")
+    if hidden.ndim != 3:
+        raise UnsupportedError(
+            f"a decoder block returned a tensor of shape {tuple(hidden.shape)}; expected one residual stream "
+            "(batch, sequence, width)"
+        )
     return hidden
 
 
@@ -68,6 +73,28 @@ def recorded_block_outputs(parts: DecoderParts) -> Iterator[list[torch.Tensor]]:
     handles = [block.register_forward_hook(record(layer)) for layer, block in enumerate(parts.blocks)]
     try:
         yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recorded_last_states(parts: DecoderParts) -> Iterator[list[torch.Tensor]]:
+    """Within the block, the list holds each block's latest output in its last column, float32 (B, D), in block order.
+
+    Nothing else of the outputs is kept. For passes that are padded on the left, where every row ends in that column.
+    """
+    last: list[torch.Tensor] = [torch.empty(0)] * len(parts.blocks)
+
+    def record(layer: int) -> Callable[[torch.nn.Module, Any, Any], None]:
+        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            last[layer] = hidden_of(output)[:, -1].float().clone()
+
+        return hook
+
+    handles = [block.register_forward_hook(record(layer)) for layer, block in enumerate(parts.blocks)]
+    try:
+        yield last
     finally:
         for handle in handles:
             handle.remove()
@@ -106,15 +133,16 @@ def check_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> None:
     check_requests(requests, lambda request: check_clip(lalm, request))
 
 
-def check_clip(lalm: Lalm, request: SpokenRequest) -> None:
-    """Raise `InputError` naming a clip that cannot be read or is too short or too long for the model.
+def check_clip(lalm: Lalm, request: SpokenRequest) -> NDArray[np.float32] | None:
+    """A clip that the model can take, (samples,) float32; None for a model that hears none.
 
-    A model that hears takes no text alone, and one that does not no clips.
+    Raises `InputError` naming it when it cannot be read or is too short or too long for the model. A model that hears
+    takes no text alone, and one that does not no clips.
     """
     if not lalm.hears:
         if request.audio is not None:
             raise InputError(f"{request}: the model hears no audio; expected a record of text alone")
-        return
+        return None
     (clip,) = load_clips(lalm, [request])
     if clip.size < MAYBE_SHORT_SECONDS * lalm.sampling_rate:
         tokens = audio_token_count(lalm, clip)
@@ -123,6 +151,7 @@ def check_clip(lalm: Lalm, request: SpokenRequest) -> None:
                 f"audio {request.audio}: too short, {clip.size} samples at {lalm.sampling_rate} Hz; the model "
                 f"makes {tokens} embeddings of it, expected at least {LEAST_AUDIO_TOKENS}"
             )
+    return clip
 
 
 def collect_states(

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from calibration.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -127,30 +127,26 @@ class StateStatistics:
     def load(cls, path: Path) -> tuple[StateStatistics, dict[str, Any]]:
         """Read the statistics of a file and their provenance. Raises `InputError` for any other file."""
         parts, provenance = read_parts(path)
-        return reduce(StateStatistics.merged, parts), provenance
+        return total(parts), provenance
 
 
-class StatisticsSum:
-    """Statistics that grow batch by batch: `parts` of doubling sizes, so that each row is copied only log N times."""
-
-    def __init__(self, parts: list[StateStatistics]) -> None:
-        self.parts = list(parts)
-
-    def add(self, batch: StateStatistics) -> None:
-        """Take in the statistics of one more batch."""
-        self.parts.append(batch)
-        while len(self.parts) > 1 and _size(self.parts[-1]) >= _size(self.parts[-2]):
-            last = self.parts.pop()
-            self.parts.append(self.parts.pop().merged(last))
-
-    def total(self) -> StateStatistics:
-        """All of it. Raises `ValueError` before anything was added."""
-        if not self.parts:
-            raise ValueError("no statistics were added")
-        return reduce(StateStatistics.merged, self.parts)
+def added(parts: Sequence[StateStatistics], batch: StateStatistics) -> tuple[StateStatistics, ...]:
+    """Statistics to be merged, with one more: kept in parts of falling size, so that a row is copied log N times."""
+    grown = [*parts, batch]
+    while len(grown) > 1 and _size(grown[-1]) >= _size(grown[-2]):
+        last = grown.pop()
+        grown.append(grown.pop().merged(last))
+    return tuple(grown)
 
 
-def write_parts(path: Path, parts: list[StateStatistics], provenance: Mapping[str, Any]) -> None:
+def total(parts: Sequence[StateStatistics]) -> StateStatistics:
+    """All parts merged. Raises `ValueError` when there are none."""
+    if not parts:
+        raise ValueError("there are no statistics to merge")
+    return reduce(StateStatistics.merged, parts)
+
+
+def write_parts(path: Path, parts: Sequence[StateStatistics], provenance: Mapping[str, Any]) -> None:
     """Write statistics that are still to be merged; the file appears whole or not at all."""
     header = {
         "format": FORMAT,
@@ -219,7 +215,7 @@ def _contrasts(count: int) -> NDArray[np.float64]:
 def _bounded(root_LKD: NDArray[np.float64]) -> NDArray[np.float64]:
     """The same scatter in at most D rows, once there are 2 D; so rarely, because it takes D³ operations a block."""
     _, rows, width = root_LKD.shape
-    return root_LKD if rows < 2 * width else np.linalg.qr(root_LKD, mode="r")
+    return root_LKD if rows < 2 * width else np.asarray(np.linalg.qr(root_LKD, mode="r"))
 
 
 def _size(part: StateStatistics) -> int:

@@ -80,6 +80,7 @@ class _Window:
         self._latest_B: torch.Tensor | None = None
         self._mask_BT: torch.Tensor | None = None
         self._past = 0
+        self._sequence: int | None = None
         self._selected: dict[Positions, torch.Tensor] = {}
 
     def read(self, _decoder: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -89,21 +90,27 @@ class _Window:
                 "steering needs the decoder's 2-D attention mask [batch, past + sequence] to find the last "
                 f"position of each row; got {getattr(mask, 'shape', type(mask).__name__)}"
             )
-        cache = kwargs.get("past_key_values")
-        self._past = 0 if cache is None else int(cache.get_seq_length())
+        self._past = _past_length(kwargs.get("past_key_values"))
+        read = kwargs.get("inputs_embeds")
+        read = kwargs.get("input_ids") if read is None else read
+        self._sequence = None if read is None else read.shape[1]
         self._mask_BT, self._selected = mask, {}
 
     def selected(self, positions: Positions, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        """The positions of this pass that an edit acts at, bool (B, S)."""
+        """The positions of this pass that an edit acts at, bool (B, S).
+
+        A block may be given fewer than the pass has: those at its end, where logits are asked for (Gemma 4).
+        """
+        batch, given = hidden_BSD.shape[:2]
         if positions not in self._selected:
-            batch, sequence = hidden_BSD.shape[:2]
+            sequence = given if self._sequence is None else self._sequence
             mask_BT = self._mask_BT
             if mask_BT is None:
                 total = self._past + sequence
                 mask_BT = torch.ones(batch, total, dtype=torch.long, device=hidden_BSD.device)
             lengths = partial(self._prompt_lengths, mask_BT, sequence)
             self._selected[positions] = selected(positions, mask_BT, sequence, lengths)
-        return self._selected[positions].to(hidden_BSD.device)
+        return self._selected[positions][:, -given:].to(hidden_BSD.device)
 
     def _prompt_lengths(self, mask_BT: torch.Tensor, sequence: int) -> torch.Tensor:
         if self._given_B is not None:
@@ -115,6 +122,13 @@ class _Window:
                 "this pass continues a cache whose prompt was not seen while steering; give prompt_lengths"
             )
         return self._latest_B
+
+
+def _past_length(cache: Any) -> int:
+    """How many positions a cache holds; code that comes with a checkpoint may keep keys and values in tuples."""
+    if cache is None:
+        return 0
+    return int(cache[0][0].shape[-2] if isinstance(cache, (tuple, list)) else cache.get_seq_length())
 
 
 class _Lowered:

@@ -9,12 +9,12 @@ import onnx_graphsurgeon as gs
 
 from calibration.errors import SiteNotFoundError
 from calibration.plan import Site, SteeringPlan, check_plan_fits
+from graph_passes.attention import cache_inputs
 from graph_passes.audit_signature import HIDDEN, Signature, signature_of
 from graph_passes.expressions import Constants, Expressions
 from graph_passes.insertion import by_anchor
 from graph_passes.lowering import StreamType, lower
 from graph_passes.names import edit_names
-from graph_passes.residual_stream import cache_inputs
 from graph_passes.selection import (
     PROMPT_LENGTHS_INPUT,
     Around,

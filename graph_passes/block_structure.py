@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from graph_passes.attention import cache_inputs
 from graph_passes.fused_norms import fused_sums, split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex
 from graph_passes.names import is_steering
@@ -41,8 +42,6 @@ ACTIVATIONS = frozenset(
         "Tanh",
     }
 )
-CACHE_RANK = 4
-"""Past keys and values are [batch, kv_heads, past, head_dim]."""
 
 
 @dataclass(frozen=True)
@@ -195,9 +194,7 @@ class _Branch:
         return all(self.index.is_computed(name) for name in node.input[:2])
 
     def _reads_cache(self) -> bool:
-        values = self.index.graph.input
-        caches = [value.name for value in values if len(value.type.tensor_type.shape.dim) == CACHE_RANK]
-        return any(self.own & self.index.bit(name) for name in caches if name in self.index.inputs)
+        return any(self.own & self.index.bit(name) for name in cache_inputs(self.index))
 
     def _attends(self, products: Sequence[NodeProto]) -> bool:
         scores = sum(self.index.bit(node.output[0]) for node in products)

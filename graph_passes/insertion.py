@@ -17,13 +17,14 @@ from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from calibration.errors import InputError, UnsupportedError
 from calibration.plan import Add, Site, SteeringPlan
+from graph_passes.attention import cache_inputs
 from graph_passes.checks import STEERING_INPUTS
 from graph_passes.forms import Choice, Form, bias_of, choose
 from graph_passes.fused_norms import split_in_place
 from graph_passes.lowering import Lowered, StreamType, lower, lower_onto_bias, scaled_vector
 from graph_passes.names import STEERED_PREFIX, STEERING_PREFIX, UNSTEERED_PREFIX, edit_names
 from graph_passes.opened_calls import calls_in_the_way, open_calls
-from graph_passes.residual_stream import ResidualStream, cache_inputs, find_residual_streams
+from graph_passes.residual_stream import ResidualStream, find_residual_streams
 from graph_passes.scopes import Scope, decoder_scopes
 from graph_passes.selection import (
     Around,

@@ -17,13 +17,21 @@ from typing import TYPE_CHECKING
 
 from calibration.errors import SiteNotFoundError, UnsupportedError
 from calibration.plan import Site
-from graph_passes.attention_mask import MASK_NAME, find_attention_mask
+from graph_passes.attention import AttentionFinder
+from graph_passes.attention_mask import find_attention_mask
 from graph_passes.fused_norms import split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe, subgraphs
 from graph_passes.names import STEERED_PREFIX, UNSTEERED_PREFIX, is_steering
 from graph_passes.scopes import Scope, decoder_scopes, inlined
 from graph_passes.tensor_types import elem_type_and_width, recorded_types
-from graph_passes.transparent import TRANSPARENT_OPS, behind_quantisation, handed_on, in_float
+from graph_passes.transparent import (
+    TRANSPARENT_OPS,
+    before_scale,
+    behind_quantisation,
+    behind_scale,
+    handed_on,
+    in_float,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -92,6 +100,7 @@ class _ResidualAdd:
     skip: str
     branches: tuple[str, ...]
     has_attention: bool
+    caches: int
 
 
 def find_residual_stream(model: ModelProto) -> ResidualStream:
@@ -168,12 +177,13 @@ def _logits(index: GraphIndex) -> str:
 def _chain(index: GraphIndex, logits: str) -> list[_ResidualAdd]:
     """The residual adds from the embedding to the final norm, in order."""
     upstream = index.ancestors(logits)
+    attention = AttentionFinder(index)
     candidates = [
         add
         for position, node in enumerate(index.nodes)
         if node.op_type == "Add"
         and upstream >> position & 1
-        and (add := _residual_add(index, node)) is not None
+        and (add := _residual_add(index, node, attention)) is not None
     ]
     if not candidates:
         raise SiteNotFoundError(
@@ -191,12 +201,20 @@ def _chain(index: GraphIndex, logits: str) -> list[_ResidualAdd]:
         )
     by_output = {add.output: add for add in candidates}
     chain = [ends[0]]
-    while (before := by_output.get(_source(index, chain[-1].skip))) is not None:
+    while (before := by_output.get(_sum_before(index, chain[-1].skip))) is not None:
         chain.append(before)
     return chain[::-1]
 
 
-def _residual_add(index: GraphIndex, node: NodeProto) -> _ResidualAdd | None:
+def _sum_before(index: GraphIndex, skip: str) -> str:
+    """The tensor that `skip` is, seen through what a block multiplies its sum by."""
+    tensor = _source(index, skip)
+    while (scaled := before_scale(index, tensor)) is not None:
+        tensor = _source(index, scaled)
+    return tensor
+
+
+def _residual_add(index: GraphIndex, node: NodeProto, attention: AttentionFinder) -> _ResidualAdd | None:
     """Read `node` as the root of a sum `skip + branch + …`, or None when it is not a residual add."""
     if is_steering(node) or _feeds_only_a_sum(index, node):
         return None
@@ -210,7 +228,14 @@ def _residual_add(index: GraphIndex, node: NodeProto) -> _ResidualAdd | None:
             for branch in branches:
                 own |= index.ancestors(branch)
             own &= ~index.ancestors(skip)
-            return _ResidualAdd(node, node.output[0], skip, tuple(branches), _holds_attention(index, own))
+            return _ResidualAdd(
+                node,
+                node.output[0],
+                skip,
+                tuple(branches),
+                attention.is_attention(own),
+                len(attention.caches_of(own)),
+            )
     return None
 
 
@@ -231,34 +256,6 @@ def _feeds_only_a_sum(index: GraphIndex, node: NodeProto) -> bool:
         and index.nodes[consumers[0]].op_type == "Add"
         and not is_steering(index.nodes[consumers[0]])
     )
-
-
-def _holds_attention(index: GraphIndex, branch: int) -> bool:
-    """Whether the nodes of a branch read a KV cache or, in a graph without one, compute attention."""
-    caches = read_caches(index)
-    if caches:
-        return any(branch & index.bit(name) for name in caches)
-    members = [(1 << position, node) for position, node in enumerate(index.nodes) if branch >> position & 1]
-    scores = 0  # products of two computed tensors: a router's Softmax in a mixture of experts has none
-    for bit, node in members:
-        if node.op_type in MATMUL_OPS and all(index.is_computed(name) for name in node.input[:2]):
-            scores |= bit
-    return any(
-        "Attention" in node.op_type
-        or (node.op_type == "Softmax" and index.ancestors(node.output[0]) & branch & scores)
-        for _, node in members
-    )
-
-
-def cache_inputs(index: GraphIndex) -> list[str]:
-    """Graph inputs of rank 4: past keys and values [batch, kv_heads, past, head_dim]."""
-    return [name for name, rank in index.input_ranks.items() if rank == 4 and name != MASK_NAME]
-
-
-def read_caches(index: GraphIndex) -> list[str]:
-    """The caches that a graph reads: the body for passes without a past reads none of a merged decoder's."""
-    caches = cache_inputs(index)
-    return caches if any(index.consumers[name] for name in caches) else []
 
 
 def _source(index: GraphIndex, tensor: str) -> str:
@@ -314,24 +311,38 @@ def _blocks(index: GraphIndex, adds: list[_ResidualAdd]) -> tuple[Block, ...]:
             f"the residual stream starts with {describe(adds[0].node)}, whose branch holds no attention; "
             "expected the attention of block 0"
         )
+    groups = [adds[start:end] for start, end in zip(starts, [*starts[1:], len(adds)], strict=True)]
+    scaled = [behind_scale(index, members[-1].output) for members in groups[:-1]]
+    are_scaled = bool(scaled) and all(scaled)  # the last block's is told from what stands before the norm
     blocks: list[Block] = []
-    for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(adds)], strict=True)):
-        members = adds[start:end]
+    for number, members in enumerate(groups):
+        end = members[-1].output
+        end = (behind_scale(index, end) if are_scaled else None) or end
         blocks.append(
             Block(
                 index=number,
                 input=blocks[-1].output if blocks else _stream_start(index, members[0].skip),
-                output=_steered(index, behind_quantisation(index, members[-1].output)),
+                output=_steered(index, behind_quantisation(index, end)),
                 adds=tuple(describe(add.node) for add in members),
             )
         )
-    caches = len(read_caches(index))
-    if caches and caches != 2 * len(blocks):
+    _check_caches(index, groups, blocks)
+    return tuple(blocks)
+
+
+def _check_caches(index: GraphIndex, groups: list[list[_ResidualAdd]], blocks: list[Block]) -> None:
+    """Raise unless every block that reads caches of its own has two; a block may attend to an earlier one's.
+
+    Of block 0's only one may count: where positions are numbered by the length of the other, all depends on it.
+    """
+    caches = len(AttentionFinder(index).caches)
+    own = [sum(add.caches for add in members) for members in groups]
+    owners = sum(count > 0 for count in own)
+    if caches != 2 * owners or max(own) > 2 or (caches and own[0] == 0):
         raise SiteNotFoundError(
             f"found {len(blocks)} decoder blocks on the residual stream, but the graph has {caches} KV-cache "
             f"inputs; expected {2 * len(blocks)}; the blocks end at {_ends(blocks)}"
         )
-    return tuple(blocks)
 
 
 def _ends(blocks: list[Block]) -> str:

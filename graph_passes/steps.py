@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from onnx import GraphProto, ModelProto, NodeProto
 
+from graph_passes.attention import PER_LAYER_INPUTS, cache_inputs
 from graph_passes.expressions import (
     DEFAULT_DOMAINS,
     Constants,
@@ -23,14 +24,13 @@ from graph_passes.expressions import (
 from graph_passes.fused_norms import ADDED_KEY
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, reads
 from graph_passes.nameless import nameless
-from graph_passes.residual_stream import cache_inputs
 from graph_passes.transparent import QDQ_OPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-CONTENT_INPUTS = ("inputs_embeds", "input_ids")
+CONTENT_INPUTS = ("inputs_embeds", "input_ids", PER_LAYER_INPUTS)
 """Graph inputs that hold the tokens."""
 OTHER_INPUTS = frozenset({"attention_mask", "position_ids"})
 VIEWS = QDQ_OPS | frozenset(

@@ -1,8 +1,10 @@
-"""Nodes that hand on a tensor's values: casts, and pairs of `QuantizeLinear` and `DequantizeLinear`."""
+"""Nodes that hand on a tensor's values: casts, pairs of `QuantizeLinear` and `DequantizeLinear`, and scales."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from graph_passes.names import is_steering
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -52,3 +54,20 @@ def in_float(index: GraphIndex, tensor: str) -> str:
     while (node := index.producer_of(tensor)) is not None and node.op_type in QUANTISING_OPS:
         tensor = node.input[0]
     return tensor
+
+
+def before_scale(index: GraphIndex, tensor: str) -> str | None:
+    """What `tensor` is a multiple of, where its producer multiplies by a constant; None elsewhere."""
+    node = index.producer_of(tensor)
+    if node is None or node.op_type != "Mul" or is_steering(node):
+        return None
+    computed = [name for name in node.input if index.is_computed(name)]
+    return computed[0] if len(computed) == 1 else None
+
+
+def behind_scale(index: GraphIndex, tensor: str) -> str | None:
+    """The multiple of `tensor` by a constant, where that alone reads `tensor`; None elsewhere."""
+    readers = index.consumers[tensor]
+    if len(readers) != 1 or not (outputs := index.nodes[readers[0]].output):
+        return None
+    return outputs[0] if before_scale(index, outputs[0]) == tensor else None

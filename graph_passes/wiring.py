@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from graph_passes.attention import cache_inputs
 from graph_passes.expressions import reads_shape_only
 from graph_passes.graph_index import describe
-from graph_passes.residual_stream import cache_inputs
 from graph_passes.transparent import QDQ_OPS, TRANSPARENT_OPS
 
 if TYPE_CHECKING:

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calibration.calibrate import CalibrationSettings, calibrate
     from calibration.combine import CombineRule, combine_plans
+    from calibration.decoder_parts import PartNames
     from calibration.directions import SteeringSettings
     from calibration.errors import SarsteerError
+    from calibration.model_adapter import ModelAdapter
+    from calibration.model_options import ModelOptions
     from calibration.plan import Add, Positions, Project, Site, SteeringPlan
     from calibration.steered import steered
     from graph_passes.audit_report import AuditReport
@@ -57,7 +60,10 @@ _HOMES = {
     "LastFrom": "graph_passes.selection",
     "Limits": "sarsteer_export.sweeping.limits",
     "MeasureSettings": "sarsteer_export.evaluation.measure",
+    "ModelAdapter": "calibration.model_adapter",
+    "ModelOptions": "calibration.model_options",
     "ParitySettings": "sarsteer_export.parity_run",
+    "PartNames": "calibration.decoder_parts",
     "PatchSettings": "sarsteer_export.patching",
     "Positions": "calibration.plan",
     "Project": "calibration.plan",
@@ -104,7 +110,10 @@ __all__ = [
     "LastFrom",
     "Limits",
     "MeasureSettings",
+    "ModelAdapter",
+    "ModelOptions",
     "ParitySettings",
+    "PartNames",
     "PatchSettings",
     "Positions",
     "Project",

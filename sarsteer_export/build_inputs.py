@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from calibration.calibrate import CalibrationSettings, calibration_set
 from calibration.checkpoint import (
-    check_audio_language_model,
     fingerprint,
+    hears_audio,
     processor_digest,
     read_config,
 )
 from calibration.errors import InputError, UnsupportedError
+from calibration.model_options import ModelOptions
 from calibration.overlap import AllowedOverlap, Overlap, check_disjoint, check_kinds, check_unseen
 from calibration.plan import PositionKind, SteeringPlan, check_plan_fits
 from calibration.records import check_audio_file
@@ -33,7 +34,7 @@ from engines.sidecar import Binding
 from sarsteer_export.bundle_engines import check_engines
 from sarsteer_export.engine_build import EngineSettings
 from sarsteer_export.exporting.contract import cache_input_names
-from sarsteer_export.exporting.export import OPSET
+from sarsteer_export.exporting.tracing import OPSET
 from sarsteer_export.judges.settings import JudgeSettings
 from sarsteer_export.parity_run import ParitySettings
 from sarsteer_export.range_guard import PROVENANCE_KEY
@@ -66,8 +67,9 @@ class BuildSettings:
 
     `plan`: a ready plan file; calibration is then skipped, and `harmful` and `benign` serve parity alone.
     `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none. `allow_overlap`: what
-    they may share with the calibration set. `engine`: what to build beside the ONNX graphs. `allow_overflow`: build
-    even where calibration saw values that float16 cannot square.
+    they may share with the calibration set. `engine`: what to build beside the ONNX graphs. `loading`: how the model
+    is loaded and driven. `allow_overflow`: build even where calibration saw values that float16 cannot square.
+    `resume`: go on with a calibration that was interrupted.
     """
 
     harmful: Path
@@ -83,10 +85,12 @@ class BuildSettings:
     allow_overflow: bool = False
     max_new_tokens: int = 32
     keep_unsteered: bool = True
+    loading: ModelOptions = field(default_factory=ModelOptions)
     device: str = "cpu"
     dtype: str = "float32"
     force: bool = False
     overwrite: bool = False
+    resume: bool = True
 
     def __post_init__(self) -> None:
         if (self.eval_harmful is None) != (self.eval_benign is None):
@@ -143,7 +147,7 @@ class BuildInputs:
             for kind, found in self.held_out.items()
         }
 
-    def checked(self, check: Callable[[SpokenRequest], None], on_error: OnError) -> BuildInputs:
+    def checked(self, check: Callable[[SpokenRequest], object], on_error: OnError) -> BuildInputs:
         """The same without the requests that `check` refuses, as `RequestSet.checked` has it."""
         calibration, held_out = (
             {kind: found.checked(check, on_error) for kind, found in sets.items()}
@@ -160,9 +164,13 @@ def engine_stage(backend: str) -> str:
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     """Read and check what a build starts from, as far as that goes without loading the model."""
     config = read_config(model)
-    check_audio_language_model(model, config)
+    hears = (
+        hears_audio(config) or settings.loading != ModelOptions()
+    )  # else its adapter, or its own code, says it
     identity = fingerprint(model)
     chosen = settings.calibration
+    if not hears:  # its requests are texts alone
+        chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, require_audio=False))
     calibration_sets = {
         kind: calibration_set(data, chosen)
         for kind, data in (("harmful", settings.harmful), ("benign", settings.benign))
@@ -179,7 +187,13 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         check_benign_count(benign, settings.benign)
         check_kinds(harmful, benign)
         overlap = check_disjoint((*harmful, *benign), tested, settings.allow_overlap)
-    common = [identity, processor_digest(model), settings.dtype, installed_versions(*PACKAGES)]
+    common: list[Any] = [
+        identity,
+        processor_digest(model),
+        settings.loading.identity(model),
+        settings.dtype,
+        installed_versions(*PACKAGES),
+    ]
     magnitudes: Any = None
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)

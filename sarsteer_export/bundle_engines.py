@@ -14,11 +14,11 @@ from engines.sidecar import ENGINE_SUFFIX, EngineRecord, sidecar_of
 from engines.trt.build import build_engine, check_can_build
 from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.manifest import (
-    COMPONENTS,
     DECODER,
     ENGINES_FOLDER,
     UNSTEERED_DECODER,
     EngineEntry,
+    Manifest,
 )
 from sarsteer_export.engine_build import EngineSettings, engine_source, label
 from sarsteer_export.parity_runtime import OnnxRuntimeParity, ParityRuntime, TensorRTParity
@@ -55,10 +55,11 @@ def add_engine(
 
     For an execution provider of ONNX Runtime nothing is built: it runs the bundle's graphs.
     """
-    sources = {name: engine_source(folder / file) for name, file in COMPONENTS.items()}
+    components = Manifest.read(folder).components
+    sources = {name: engine_source(folder / file) for name, file in components.items()}
     precision = sources[DECODER].precision
     if backend.runtime is Runtime.ONNX_RUNTIME:
-        files = {name: file.as_posix() for name, file in COMPONENTS.items()}
+        files = {name: file.as_posix() for name, file in components.items()}
         return EngineEntry(backend.name, backend.version(), precision, files)
     target = ENGINES_FOLDER / label(backend, settings, precision)
     (folder / target).mkdir(parents=True)

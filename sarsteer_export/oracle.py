@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from calibration.errors import UnsupportedError
 from calibration.lalm import Lalm, encode_requests
 from calibration.states import load_clips
 from calibration.steered import steered
@@ -20,7 +21,8 @@ from calibration.token_positions import position_ids
 from engines.parity import Pair
 from engines.torch_arrays import as_tensor, to_host
 from engines.trace import LOGITS, Script, Trace
-from sarsteer_export.exporting.components import DecoderComponent
+from graph_passes.attention import PER_LAYER_INPUTS
+from sarsteer_export.exporting.components import DecoderComponent, EmbedTokensComponent
 from sarsteer_export.exporting.contract import cache_output_names
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from graph_passes.residual_stream import ResidualStream
 
 
+EMBEDS = "inputs_embeds"
 EXTRA_PADDING = 3
 """Padded positions that every row of a parity batch has, beside what its neighbours' lengths make."""
 
@@ -55,9 +58,9 @@ class OracleCase:
 
 @dataclass(frozen=True)
 class _Prefill:
-    """Merged prompt embeddings (B, S, D) and mask (B, S)."""
+    """What a decoder reads of merged prompts: by input name (B, S, …), embeddings among them, and the mask (B, S)."""
 
-    embeds: torch.Tensor
+    content: dict[str, torch.Tensor]
     mask: torch.Tensor
 
 
@@ -83,65 +86,95 @@ def oracle_case(
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
-    """What the eager model's decoder reads for B prompts, left-padded: embeddings (B, S, D) and mask (B, S)."""
+    """What the eager model's decoder reads for B prompts, left-padded: by input name (B, S, …), and mask (B, S)."""
 
-    embeds: np.ndarray[Any, Any]
+    content: dict[str, np.ndarray[Any, Any]]
     mask: np.ndarray[Any, Any]
+
+    @property
+    def embeds(self) -> np.ndarray[Any, Any]:
+        """The embeddings (B, S, D)."""
+        return self.content[EMBEDS]
 
 
 def prompt_embeddings(lalm: Lalm, requests: Sequence[SpokenRequest]) -> PromptEmbeddings:
     """Run B requests through the eager model up to its decoder."""
     prefill = _left_padded(lalm, requests)
-    return PromptEmbeddings(to_host(prefill.embeds), to_host(prefill.mask))
+    content = {name: to_host(tensor) for name, tensor in prefill.content.items()}
+    return PromptEmbeddings(content, to_host(prefill.mask))
+
+
+def clips_of(lalm: Lalm, requests: Sequence[SpokenRequest]) -> list[np.ndarray[Any, Any]] | None:
+    """The clips of requests; None for a model that hears nothing."""
+    return load_clips(lalm, requests) if lalm.hears else None
 
 
 def _left_padded(lalm: Lalm, requests: Sequence[SpokenRequest]) -> _Prefill:
-    audios = load_clips(lalm, requests)
-    inputs = encode_requests(lalm, [request.text for request in requests], audios)
-    captured: dict[str, torch.Tensor] = {}
+    inputs = encode_requests(lalm, [request.text for request in requests], clips_of(lalm, requests))
+    if lalm.parts.position_axes > 1:
+        inputs.pop("position_ids")  # the model makes its own of several axes, which are held against ours
+    with torch.inference_mode():
+        called = lalm.adapter.decoder_inputs(inputs)
+        if called.get(EMBEDS) is None:  # a decoder that embeds tokens itself, no clip among them
+            return _Prefill(_embedded(lalm, called["input_ids"]), inputs["attention_mask"])
+    _check_positions(lalm, called.get("position_ids"), inputs["attention_mask"])
+    content = {name: called[name] for name in (EMBEDS, PER_LAYER_INPUTS) if called.get(name) is not None}
+    return _Prefill(content, inputs["attention_mask"])
 
-    def capture(_decoder: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        captured["embeds"] = kwargs["inputs_embeds"]
 
-    handle = lalm.parts.decoder.register_forward_pre_hook(capture, with_kwargs=True)
-    try:
-        with torch.inference_mode():
-            lalm.model(**inputs, use_cache=False)
-    finally:
-        handle.remove()
-    return _Prefill(captured["embeds"], inputs["attention_mask"])
+def _embedded(lalm: Lalm, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a decoder reads of tokens (B, S), by input name."""
+    embedded = EmbedTokensComponent(lalm.adapter)(ids)
+    if isinstance(embedded, torch.Tensor):
+        return {EMBEDS: embedded}
+    return dict(zip((EMBEDS, PER_LAYER_INPUTS), embedded, strict=True))
+
+
+def _check_positions(lalm: Lalm, told: torch.Tensor | None, mask: torch.Tensor) -> None:
+    """Hold the one axis of positions that graphs read against every axis that the model gives its decoder."""
+    if told is None:
+        return
+    attended = mask.bool()
+    if not (told[..., attended] == position_ids(mask)[attended]).all():
+        raise UnsupportedError(
+            f"{type(lalm.model).__name__}: its decoder is given positions that do not count attended tokens, equally "
+            "on every axis; graphs with one axis of positions cannot do what it does"
+        )
 
 
 def _prefill(lalm: Lalm, requests: Sequence[SpokenRequest], padding: Padding) -> _Prefill:
     """A batch in which every row is padded: without padding, last column and last attended one are the same."""
     tight = _left_padded(lalm, requests)
     left = _Prefill(
-        torch.nn.functional.pad(tight.embeds, (0, 0, EXTRA_PADDING, 0)),
-        torch.nn.functional.pad(tight.mask, (EXTRA_PADDING, 0)),
+        {name: _padded(tensor) for name, tensor in tight.content.items()},
+        _padded(tight.mask[..., None])[..., 0],
     )
     if padding is Padding.LEFT:
         return left
     lengths = [int(length) for length in left.mask.sum(dim=1)]  # the same rows, their attended part in front
-    embeds, mask = (
-        torch.stack([row.roll(length, dims=0) for row, length in zip(tensor, lengths, strict=True)])
-        for tensor in (left.embeds, left.mask)
-    )
-    return _Prefill(embeds, mask)
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([row.roll(length, dims=0) for row, length in zip(tensor, lengths, strict=True)])
+
+    return _Prefill({name: moved(tensor) for name, tensor in left.content.items()}, moved(left.mask))
+
+
+def _padded(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor (B, S, …) with `EXTRA_PADDING` zeros before every row."""
+    return torch.cat([torch.zeros_like(tensor[:, :1]).repeat_interleave(EXTRA_PADDING, dim=1), tensor], dim=1)
 
 
 def _greedy(
     lalm: Lalm, plan: SteeringPlan, prefill: _Prefill, decode_steps: int, tensors: list[str] | None, name: str
 ) -> tuple[Script, Trace]:
     """Roll the steered model out greedily; the steps it took become the script."""
-    accessors: Any = lalm.model
-    embed_tokens = accessors.get_input_embeddings()
-    embeds, mask = prefill.embeds, prefill.mask
+    content, mask = prefill.content, prefill.mask
     feeds, sequences = [], []
     with torch.inference_mode(), _EagerDecoder(lalm, plan, tensors) as decoder:
         for step in range(1 + decode_steps):
-            sequence = embeds.shape[1]
+            sequence = content[EMBEDS].shape[1]
             feed = {
-                "inputs_embeds": embeds,
+                **content,
                 "attention_mask": mask,
                 "position_ids": position_ids(mask)[:, -sequence:],
             }
@@ -151,7 +184,7 @@ def _greedy(
             if step < decode_steps:
                 last = (mask[:, -sequence:] * torch.arange(sequence, device=mask.device)).argmax(dim=1)
                 tokens = as_tensor(outputs[LOGITS])[torch.arange(len(last)), last.cpu()].argmax(dim=-1)
-                embeds = embed_tokens(tokens[:, None].to(mask.device))
+                content = _embedded(lalm, tokens[:, None].to(mask.device))
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         return Script(name, tuple(feeds), tuple(sequences)), decoder.trace()
 
@@ -168,7 +201,7 @@ class _EagerDecoder:
 
     def __init__(self, lalm: Lalm, plan: SteeringPlan | None, tensors: list[str] | None) -> None:
         self._lalm, self._plan, self._tensors = lalm, plan, tensors
-        self._component = DecoderComponent(lalm.model)
+        self._component = DecoderComponent(lalm.adapter)
         self._cache = DynamicCache()
         self._steps: list[dict[str, np.ndarray[Any, Any]]] = []
         self._stack = ExitStack()

@@ -125,7 +125,18 @@ class ParityRun:
         return export
 
     def check_around_decoder(self, bundle: Bundle) -> AroundDecoder:
-        """Compare what the bundle's decoder reads, and what the bundle says, with the eager model."""
+        """Compare what the bundle's decoder reads, and what the bundle says, with the eager model.
+
+        A bundle without something that makes prompts is compared from the decoder on, and the report says so.
+        """
+        if self.lalm.hears and bundle.manifest.missing:
+            return AroundDecoder(
+                (),
+                tuple(
+                    f"not in the bundle, so that neither prompts nor whole answers are compared: {name} ({reason})"
+                    for name, reason in bundle.manifest.missing.items()
+                ),
+            )
         return AroundDecoder(
             compare_prompts(self.lalm, bundle, self.requests, self.limits),
             compare_rollouts(self.lalm, bundle, self.plan, self.requests),

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.calibrate import calibrate
+from calibration.calibrate import CalibrationRun, calibrate, unfinished_of
 from calibration.checkpoint import parameter_count
-from calibration.errors import InputError, ParityError
-from calibration.lalm import Lalm, load_lalm
+from calibration.errors import InputError, ParityError, UnsupportedError
+from calibration.model_options import driven_by
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.states import check_clip
+from calibration.unfinished import UnfinishedFile
 from engines.backends import Runtime
 from engines.report import ParityReport, Verdict
 from graph_passes.interface import graph_inputs, graph_outputs
@@ -37,11 +38,10 @@ from sarsteer_export.build_inputs import (
 )
 from sarsteer_export.build_reuse import copy_engine, copy_export, earlier_bundle, reusable_stages
 from sarsteer_export.bundle.bundle import Bundle
-from sarsteer_export.bundle.frontend import check_extractor
 from sarsteer_export.bundle.manifest import (
-    AUDIO_ENCODER,
     BEHAVIOUR_REPORT,
-    EMBED_TOKENS,
+    COMPONENTS,
+    FRONTEND,
     MANIFEST,
     ONNX_FOLDER,
     PARITY_PAGE,
@@ -54,6 +54,7 @@ from sarsteer_export.bundle.manifest import (
     describe_files,
 )
 from sarsteer_export.bundle_engines import add_engine, prove_engine, rows_of
+from sarsteer_export.bundle_frontend import frontend_of, missing_frontend, write_frontend
 from sarsteer_export.exporting.export import export
 from sarsteer_export.parity_run import ParityRun, parity_requests
 from sarsteer_export.prompt_lengths import Asked, check_prompts
@@ -66,6 +67,7 @@ from sarsteer_export.versions import installed_versions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from calibration.lalm import Lalm
     from calibration.states import Progress
     from sarsteer_export.judges.judge import Judge
 
@@ -128,25 +130,34 @@ def build(
     _check_space(target, _needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
         judge = settings.judge.open(device=settings.device) if inputs.evaluation else None
-        lalm = load_lalm(inputs.model, device=settings.device, dtype=settings.dtype)
+        lalm = settings.loading.load(inputs.model, device=settings.device, dtype=settings.dtype)
         inputs = inputs.checked(lambda request: check_clip(lalm, request), settings.calibration.data.on_error)
         check_prompts_fit(lalm, inputs, settings)
-        _write_frontend(lalm, folder)
+        write_frontend(lalm, folder)
         plan = (
             SteeringPlan.load(target / PLAN)
             if settings.plan is None and "calibrate" in reusable
-            else make_plan(lalm, inputs, settings, progress)
+            else make_plan(lalm, inputs, settings, unfinished_of(target), progress)
         )
         (folder / PLAN).parent.mkdir()
         plan.save(folder / PLAN)
+        UnfinishedFile(unfinished_of(target), {}).remove()
         if earlier is not None and "export" in reusable:
             copy_export(target, earlier, folder)
+            missing = earlier.missing
         else:
-            export_components(lalm, folder, progress)
+            missing = export_components(lalm, folder, progress)
+        missing |= missing_frontend(lalm)
+        if missing and inputs.evaluation:
+            raise UnsupportedError(
+                "behaviour cannot be measured on a bundle that hears nothing: "
+                + "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+                + "; leave out --eval-harmful and --eval-benign"
+            )
         patched = patch_model(read_graph(folder / UNSTEERED_DECODER), plan, force=settings.force)
         check_range(plan, patched.model, allow_overflow=settings.allow_overflow)
         write_graph(patched.model, folder / STEERED_DECODER)
-        manifest = describe(lalm, plan, patched, inputs, folder)
+        manifest = describe(lalm, plan, patched, inputs, folder, missing)
         manifest.write(folder)
         report, behaviour = prove(folder, lalm, plan, inputs, settings, judge, progress)
         kept = () if earlier is None else earlier.engines
@@ -241,9 +252,9 @@ def check_prompts_fit(lalm: Lalm, inputs: BuildInputs, settings: BuildSettings) 
 
 
 def make_plan(
-    lalm: Lalm, inputs: BuildInputs, settings: BuildSettings, progress: Progress | None
+    lalm: Lalm, inputs: BuildInputs, settings: BuildSettings, unfinished: Path, progress: Progress | None
 ) -> SteeringPlan:
-    """Load the plan that was given, or calibrate one."""
+    """Load the plan that was given, or calibrate one; interrupted, it is gone on with from `unfinished`."""
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)
         parts = lalm.parts
@@ -256,23 +267,31 @@ def make_plan(
         )
         return plan
     sets = inputs.calibration
-    return calibrate(lalm, sets["harmful"], sets["benign"], settings.calibration, progress=progress)
+    run = CalibrationRun(unfinished=unfinished, resume=settings.resume)
+    return calibrate(lalm, sets["harmful"], sets["benign"], settings.calibration, progress=progress, run=run)
 
 
-def export_components(lalm: Lalm, folder: Path, progress: Progress | None) -> None:
-    """Export the model into a bundle folder; its decoder is the unsteered one."""
-    export(lalm, folder / ONNX_FOLDER, progress=progress).decoder.rename(folder / UNSTEERED_DECODER)
+def export_components(lalm: Lalm, folder: Path, progress: Progress | None) -> dict[str, str]:
+    """Export the model into a bundle folder; its decoder is the unsteered one. What is missing, with reasons."""
+    exported = export(lalm, folder / ONNX_FOLDER, progress=progress)
+    exported.decoder.rename(folder / UNSTEERED_DECODER)
+    return dict(exported.missing)
 
 
 def describe(
-    lalm: Lalm, plan: SteeringPlan, patched: PatchResult, inputs: BuildInputs, folder: Path
+    lalm: Lalm,
+    plan: SteeringPlan,
+    patched: PatchResult,
+    inputs: BuildInputs,
+    folder: Path,
+    missing: dict[str, str],
 ) -> Manifest:
-    """The manifest of a bundle folder, before it was proven."""
-    config: Any = lalm.model.config
-    generation: Any = lalm.model.generation_config
-    end = generation.eos_token_id
+    """The manifest of a bundle folder, before it was proven; `missing`: what is not in it, with reasons."""
+    driven = driven_by(lalm)
     graphs = {}
-    for file in (STEERED_DECODER, AUDIO_ENCODER, EMBED_TOKENS):
+    for file in COMPONENTS.values():
+        if not (folder / file).exists():
+            continue
         graph = read_graph(folder / file)
         graphs[file.as_posix()] = {
             "inputs": [dataclasses.asdict(port) for port in graph_inputs(graph)],
@@ -284,11 +303,15 @@ def describe(
             "class": type(lalm.model).__name__,
             "fingerprint": lalm.fingerprint,
             "dtype": str(lalm.model.dtype).removeprefix("torch."),
+            **({} if driven is None else {"driven_by": driven}),
+            FRONTEND: frontend_of(lalm),
+            "adapter": lalm.adapter_type.__name__,
+            "missing": missing,
         },
         tokens={
-            "audio": int(config.audio_token_id),
-            "end": [end] if isinstance(end, int) else list(end or []),
-            "pad": lalm.processor.tokenizer.pad_token_id,
+            "audio": lalm.adapter.audio_token_id,
+            "end": list(lalm.adapter.end_token_ids),
+            "pad": lalm.adapter.pad_token_id,
         },
         graphs=graphs,
         plan_sha256=plan.digest(),
@@ -428,11 +451,6 @@ def _write_parity(path: Path, report: ParityReport) -> None:
     path.parent.mkdir(exist_ok=True)
     _write_json(path, report.to_json() | {"table": report.table()})
     path.with_suffix(PARITY_PAGE.suffix).write_text(parity_page(report.to_json()), encoding="utf-8")
-
-
-def _write_frontend(lalm: Lalm, folder: Path) -> None:
-    check_extractor(lalm.processor.feature_extractor.to_dict())
-    lalm.processor.save_pretrained(folder)
 
 
 def _needed_bytes(model: Path, settings: BuildSettings) -> int:

@@ -48,7 +48,8 @@ def check_prompts(
 
 def prompt_length(lalm: Lalm, request: SpokenRequest) -> int:
     """Positions of a request's prompt, audio embeddings included."""
-    encoded = encode_requests(lalm, [request.text], load_clips(lalm, [request]))
+    clips = load_clips(lalm, [request]) if lalm.hears else None
+    encoded = encode_requests(lalm, [request.text], clips)
     return int(encoded["input_ids"].shape[1])
 
 

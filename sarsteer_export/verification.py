@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.errors import InputError
-from calibration.lalm import Lalm, load_lalm
+from calibration.lalm import Lalm
+from calibration.model_options import ModelOptions, check_driven_alike
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.records import ReadSettings, check_audio_file
 from calibration.requests import read_request_set
@@ -35,6 +36,7 @@ def verify(
     requests: str | Path,
     settings: ParitySettings | None = None,
     *,
+    loading: ModelOptions | None = None,
     data: ReadSettings | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
@@ -58,12 +60,13 @@ def verify(
     manifest.check_hashes(folder)
     plan = SteeringPlan.load(folder / PLAN)
     dtype = manifest.model["dtype"]
-    lalm = model if isinstance(model, Lalm) else load_lalm(model, dtype=dtype)
+    lalm = model if isinstance(model, Lalm) else (loading or ModelOptions()).load(model, dtype=dtype)
     if lalm.fingerprint != manifest.model["fingerprint"]:
         raise InputError(
             f"the bundle was made from another checkpoint: its fingerprint is "
             f"{manifest.model['fingerprint'][:12]}, this one's is {lalm.fingerprint[:12]}"
         )
+    check_driven_alike(manifest.model.get("driven_by"), lalm)
     parts = lalm.parts
     check_plan_fits(plan, hidden_size=parts.hidden_size, num_layers=len(parts.blocks))
     chosen = asked.checked(lambda request: check_clip(lalm, request), data.on_error).requests

@@ -18,6 +18,7 @@ DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     "benchmarks/README.md",
+    "docs/adapters.md",
     "docs/audit.md",
     "docs/bundle.md",
     "docs/data.md",

@@ -67,7 +67,7 @@ class _AloneMixin:
 
     def __call__(self, features_AFM: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         run: Any = super().__call__  # type: ignore[misc]
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return run(features_AFM, *args, **kwargs)
         frames_A = (~features_AFM[:, :, 0].isnan()).sum(dim=1).tolist()
         if min(frames_A) == features_AFM.shape[1]:

@@ -19,14 +19,15 @@ from engines.backends import CPU_BACKEND, Runtime, find_backend
 from engines.opening import check_can_run, open_decoder, open_graph
 from sarsteer_export.bundle.frontend import Frontend
 from sarsteer_export.bundle.manifest import (
-    COMPONENTS,
     DECODER,
     EMBEDDING,
     ENCODER,
     PLAN,
+    TORCH_FREE,
     UNSTEERED_DECODER,
     Manifest,
 )
+from sarsteer_export.bundle.processor_frontend import ProcessorFrontend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,16 +41,22 @@ if TYPE_CHECKING:
 
     Clip = str | AudioSource | NDArray[np.float32] | None
 
+EMBEDS = "inputs_embeds"
 REPLACEMENT = "\ufffd"
 """What a decoder of bytes prints for a character that is not finished yet."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A left-padded batch: embeddings (B, S, D) and attention mask (B, S)."""
+    """A left-padded batch: by input name what the decoder reads (B, S, …), and the attention mask (B, S)."""
 
-    embeds: NDArray[np.float32]
+    content: dict[str, NDArray[Any]]
     mask: NDArray[np.int64]
+
+    @property
+    def embeds(self) -> NDArray[Any]:
+        """The embeddings (B, S, D)."""
+        return self.content[EMBEDS]
 
 
 class Bundle:
@@ -62,9 +69,9 @@ class Bundle:
     def __init__(self, path: str | Path, *, engine: str = CPU_BACKEND.name) -> None:
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
-        self.frontend = Frontend(self.path)
+        self.frontend = self._frontend()
         self._backend = find_backend(engine)
-        self._files = COMPONENTS
+        self._files = self.manifest.components
         if self._backend is not CPU_BACKEND:
             components = self.manifest.engine(engine).components
             self._files = {name: Path(file) for name, file in components.items()}
@@ -78,6 +85,17 @@ class Bundle:
         self._sessions = ExitStack()
         self._runners: dict[Path, Any] = {}
         self._latest: object = None
+
+    def _frontend(self) -> Frontend | ProcessorFrontend:
+        audio = self.manifest.tokens["audio"]
+        if self.manifest.frontend == TORCH_FREE:
+            return Frontend(self.path, hears=audio is not None)
+        return ProcessorFrontend(self.path, str(self.manifest.model.get("adapter")), audio)
+
+    @property
+    def hears(self) -> bool:
+        """Whether clips can be asked of it: the model takes audio, and its encoder is in the bundle."""
+        return ENCODER in self._files
 
     def __enter__(self) -> Self:
         return self
@@ -145,7 +163,7 @@ class Bundle:
             for row, token in zip(rows, tokens, strict=True):
                 if token is not None:
                     row.append(token)
-        return [self.frontend.tokenizer.decode(row) for row in rows]
+        return [self.frontend.decode(row) for row in rows]
 
     def stream(
         self, audio: Clip, text: str, *, max_new_tokens: int = 128, steering: bool = True
@@ -161,11 +179,11 @@ class Bundle:
             if token is None:
                 continue
             ids.append(token)
-            decoded = self.frontend.tokenizer.decode(ids)
+            decoded = self.frontend.decode(ids)
             if decoded.startswith(shown) and not decoded.endswith(REPLACEMENT):
                 yield decoded[len(shown) :]
                 shown = decoded
-        rest = self.frontend.tokenizer.decode(ids)[len(shown) :]
+        rest = self.frontend.decode(ids)[len(shown) :]
         if rest:
             yield rest
 
@@ -195,12 +213,12 @@ class Bundle:
     ) -> Iterator[NDArray[np.int64]]:
         """Step by step the tokens (B,) that `choose` makes of the logits (B, V); each is decoded in the next step.
 
-        `decoder`: the bundle's own, see `decoder`, or one of the same interface. A bundle
-        answers one request (or batch) at a time: when another is started before this one has ended, the
-        next step of this one raises `RuntimeError`.
+        `decoder`: the bundle's own, see `decoder`, or one of the same interface. A bundle answers one request (or
+        batch) at a time: when another is started before this one has ended, the next step of this one raises
+        `RuntimeError`.
         """
         prompts = self.prompts(clips, texts)
-        embeds, mask = prompts.embeds, prompts.mask
+        content, mask = prompts.content, prompts.mask
         decoder.reset()
         self._latest = ours = object()
         for step in range(steps):
@@ -209,44 +227,73 @@ class Bundle:
                     "another request was started on this bundle before this answer ended; finish one stream "
                     "before the next, or open the bundle twice"
                 )
-            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -embeds.shape[1] :]
-            outputs = decoder.step(
-                {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-            )
+            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -content[EMBEDS].shape[1] :]
+            outputs = decoder.step({**content, "attention_mask": mask, "position_ids": positions})
             tokens_B = choose(outputs["logits"][:, -1])
             yield tokens_B
             if step + 1 < steps:
-                embeds = self._embed(tokens_B[:, None])
+                content = self._embed(tokens_B[:, None])
                 mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
 
     def prompts(self, clips: Sequence[Clip], texts: Sequence[str]) -> Prompts:
         """Embed and left-pad a batch of requests."""
+        if any(clip is not None for clip in clips):
+            self._check_hears()
         samples = [None if clip is None else self._samples(clip) for clip in clips]
+        if isinstance(self.frontend, ProcessorFrontend):
+            rows = [self._processed(self.frontend, *row) for row in zip(texts, samples, strict=True)]
+            return _left_padded(rows)
         names = [
             str(clip) if isinstance(clip, (str, Path)) else f"clip {row}" for row, clip in enumerate(clips)
         ]
         heard = [(name, clip) for name, clip in zip(names, samples, strict=True) if clip is not None]
-        spoken = iter(self._encode_audio(heard))
-        audio_token = int(self.manifest.tokens["audio"])
+        spoken = iter(self._encode_audio(self.frontend, heard))
+        audio_token = self.manifest.tokens["audio"]
         rows = []
         for clip, text in zip(samples, texts, strict=True):
-            ids = self.frontend.tokenizer.encode(
-                self.frontend.prompt(text, spoken=clip is not None), add_special_tokens=False
-            ).ids
-            embeds_SD = self._embed(np.array([ids], dtype=np.int64))[0]
+            ids = self.frontend.ids(text, spoken=clip is not None)
+            row = {name: values[0] for name, values in self._embed(np.array([ids], dtype=np.int64)).items()}
             places = [position for position, token in enumerate(ids) if token == audio_token]
             if len(places) != (clip is not None):
                 raise InputError("the text itself holds the audio token; remove it")
             for place in places:
-                embeds_SD = np.concatenate([embeds_SD[:place], next(spoken), embeds_SD[place + 1 :]])
-            rows.append(embeds_SD)
-        longest = max(len(row) for row in rows)
-        mask = np.zeros((len(rows), longest), dtype=np.int64)
-        embeds = np.zeros((len(rows), longest, rows[0].shape[1]), dtype=rows[0].dtype)
-        for number, row in enumerate(rows):
-            mask[number, longest - len(row) :] = 1
-            embeds[number, longest - len(row) :] = row
-        return Prompts(embeds, mask)
+                embeds_SD = row[EMBEDS]
+                row[EMBEDS] = np.concatenate([embeds_SD[:place], next(spoken), embeds_SD[place + 1 :]])
+            rows.append(row)
+        return _left_padded(rows)
+
+    def _processed(
+        self, frontend: ProcessorFrontend, text: str, clip: NDArray[np.float32] | None
+    ) -> dict[str, NDArray[Any]]:
+        """What the decoder reads of one request (S, …), its clip encoded and put where its processor made room."""
+        inputs = frontend.inputs(text, clip)
+        ids = inputs["input_ids"].astype(np.int64)
+        row = {name: values[0].copy() for name, values in self._embed(ids).items()}
+        if clip is None:
+            return row
+        runner = self._opened(self._files[ENCODER], self._backend, open_graph)
+        feeds = {spec.name: inputs[spec.name].astype(spec.dtype) for spec in runner.inputs}
+        features_ND = np.asarray(runner.run(feeds)["audio_features"])
+        places = ids[0] == self.manifest.tokens["audio"]
+        if places.sum() != len(features_ND) or not len(features_ND):
+            raise InputError(
+                f"the audio encoder makes {len(features_ND)} embeddings of a clip of {clip.size} samples at "
+                f"{frontend.sampling_rate} Hz, and its processor makes room for {places.sum()}; expected as many, and "
+                "at least one: give another clip"
+            )
+        row[EMBEDS][places] = features_ND
+        return row
+
+    def _check_hears(self) -> None:
+        if self.hears:
+            return
+        reason = self.manifest.missing.get(ENCODER)
+        if reason is None:
+            raise InputError(f"{self.path}: its model takes no audio; ask it with a text alone")
+        raise UnsupportedError(
+            f"{self.path}: cannot hear clips; its audio encoder is not in the bundle: {reason}; ask it with a text "
+            "alone, or make the embeddings with the model's own code and feed them to the decoder"
+        )
 
     def _samples(self, clip: str | AudioSource | NDArray[np.float32]) -> NDArray[np.float32]:
         if isinstance(clip, (str, Path, EmbeddedAudio)):
@@ -261,13 +308,15 @@ class Bundle:
             raise InputError("the clip holds samples that are NaN or infinite")
         return np.asarray(clip, dtype=np.float32)
 
-    def _encode_audio(self, named: Sequence[tuple[str, NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
+    def _encode_audio(
+        self, frontend: Frontend, named: Sequence[tuple[str, NDArray[np.float32]]]
+    ) -> list[NDArray[np.float32]]:
         """Audio embeddings (n, D) of every clip, given with its name."""
         if not named:
             return []
         clips = [clip for _, clip in named]
         runner = self._opened(self._files[ENCODER], self._backend, open_graph)
-        features, mask = self.frontend.features(clips)
+        features, mask = frontend.features(clips)
         outputs = runner.run(
             {
                 "input_features": features.astype(runner.inputs[0].dtype),
@@ -283,9 +332,11 @@ class Bundle:
                 )
         return [row[:length] for row, length in zip(outputs["audio_features"], lengths, strict=True)]
 
-    def _embed(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+    def _embed(self, ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """What the decoder reads of tokens (B, S), by input name."""
         runner = self._opened(self._files[EMBEDDING], self._backend, open_graph)
-        return np.asarray(runner.run({"input_ids": ids})["inputs_embeds"])
+        outputs: dict[str, NDArray[Any]] = runner.run({"input_ids": ids})
+        return outputs
 
     def decoder(self, *, steering: bool) -> DecoderRunner:
         """The steered or the unsteered decoder, opened. Raises `InputError` when the bundle cannot run that one."""
@@ -308,8 +359,24 @@ def greedy(logits_BV: NDArray[Any]) -> NDArray[np.int64]:
     return np.asarray(logits_BV.argmax(axis=-1), dtype=np.int64)
 
 
+def _left_padded(rows: Sequence[dict[str, NDArray[Any]]]) -> Prompts:
+    """Rows of what the decoder reads (S, …) as one batch."""
+    longest = max(len(row[EMBEDS]) for row in rows)
+    mask = np.zeros((len(rows), longest), dtype=np.int64)
+    content = {
+        name: np.zeros((len(rows), longest, *values.shape[1:]), dtype=values.dtype)
+        for name, values in rows[0].items()
+    }
+    for number, row in enumerate(rows):
+        mask[number, longest - len(row[EMBEDS]) :] = 1
+        for name, values in row.items():
+            content[name][number, longest - len(values) :] = values
+    return Prompts(content, mask)
+
+
 def load_bundle(path: str | Path, *, engine: str = CPU_BACKEND.name) -> Bundle:
-    """Open a bundle folder; imports no torch unless its TensorRT engine is asked for.
+    """Open a bundle folder; imports no torch unless its TensorRT engine is asked for, or the model's own processor
+    makes its inputs (`model.frontend` in the manifest).
 
     Raises `InputError` when the folder is no bundle, is incomplete or has no such engine, `UnsupportedError`
     when this machine cannot run the engine.

@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from calibration.errors import InputError, UnsupportedError
-from sarsteer_export.bundle.manifest import CHAT_TEMPLATE, PROCESSOR, TOKENIZER
+from sarsteer_export.bundle.manifest import CHAT_TEMPLATE, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,13 +26,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SUPPORTED_EXTRACTOR = "WhisperFeatureExtractor"
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 @dataclass(frozen=True)
 class Frontend:
-    """The processor of a bundle: `folder` holds tokenizer, chat template and feature extractor settings."""
+    """The processor of a bundle: `folder` holds tokenizer, chat template and feature extractor settings.
+
+    `hears`: whether the model takes audio; a text-only model has no feature extractor.
+    """
 
     folder: Path
+    hears: bool = True
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -65,14 +70,44 @@ class Frontend:
 
     def prompt(self, text: str, *, spoken: bool) -> str:
         """One user turn in the chat template, with generation prompt; `spoken` puts a clip before the text."""
-        content = ([{"type": "audio", "audio": ""}] if spoken else []) + [{"type": "text", "text": text}]
+        content: Any = ([{"type": "audio", "audio": ""}] if spoken else []) + [{"type": "text", "text": text}]
+        content = content if self.hears else text  # templates of text-only models know no parts
         try:
             rendered: str = self._template.render(
-                messages=[{"role": "user", "content": content}], add_generation_prompt=True
+                messages=[{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                **self._special_tokens,
             )
         except TemplateError as error:
             raise InputError(f"the chat template cannot be rendered ({error})") from error
         return rendered
+
+    def ids(self, text: str, *, spoken: bool) -> list[int]:
+        """The tokens of a user turn. A template that begins with the token of beginning has said it."""
+        prompt = self.prompt(text, spoken=spoken)
+        first = self._special_tokens.get("bos_token")
+        told = bool(first) and prompt.startswith(str(first))
+        ids: list[int] = self.tokenizer.encode(prompt, add_special_tokens=not told).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer's tokens, special ones left out."""
+        text: str = self.tokenizer.decode(list(ids))
+        return text
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        """Special tokens that chat templates name, by their names."""
+        path = self.folder / TOKENIZER_CONFIG
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error})") from error
+        tokens = {name: settings.get(name) for name in SPECIAL_TOKENS}
+        named = {
+            name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()
+        }
+        return {name: token for name, token in named.items() if isinstance(token, str)}
 
     def features(self, clips: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Log-mel features (A, M, F) and their attention mask (A, F) of clips at `sampling_rate`.

@@ -30,7 +30,10 @@ AUDIO_ENCODER = ONNX_FOLDER / "audio_encoder.onnx"
 EMBED_TOKENS = ONNX_FOLDER / "embed_tokens.onnx"
 DECODER, ENCODER, EMBEDDING = "decoder", "audio_encoder", "embed_tokens"
 COMPONENTS = {DECODER: STEERED_DECODER, ENCODER: AUDIO_ENCODER, EMBEDDING: EMBED_TOKENS}
-"""The graphs that answer a request, each of which becomes an engine."""
+"""The graphs that answer a request, each of which becomes an engine; a text-only model has no encoder."""
+FRONTEND = "frontend"
+TORCH_FREE, BY_PROCESSOR = "torch-free", "processor"
+"""Who turns a request into what graphs read: the code of this package, or the model's own processor."""
 PLAN = Path("steering/plan.safetensors")
 PARITY_REPORT = Path("reports/parity.json")
 PARITY_PAGE = Path("reports/parity.html")
@@ -39,6 +42,7 @@ ENGINES_FOLDER = Path("engines")
 CHAT_TEMPLATE = Path("chat_template.jinja")
 PROCESSOR = Path("processor_config.json")
 TOKENIZER = Path("tokenizer.json")
+TOKENIZER_CONFIG = Path("tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,9 @@ class EngineEntry:
 class Manifest:
     """What `manifest.json` holds.
 
-    `model`: class, fingerprint, dtype. `tokens`: audio token, end-of-answer and padding ids. `graphs`: inputs
+    `model`: class, fingerprint, dtype, who makes its inputs (`frontend`, and the `adapter` that drives a processor),
+    and what could not be exported (`missing`), with reasons. `tokens`: audio token (None where nothing is heard),
+    end-of-answer and padding ids. `graphs`: inputs
     and outputs of every ONNX file. `edits`: per edit of the plan its anchor, nodes and constants. `engines`:
     what was built of the graphs or proven on them. `stages`: content keys by which a second build reuses work.
     `files`: size and sha256 of everything else.
@@ -107,6 +113,21 @@ class Manifest:
                 f"the bundle holds no engine for {backend} (it has: {have}); build it with --engine {backend}"
             )
         return found
+
+    @property
+    def components(self) -> dict[str, Path]:
+        """The graphs that answer a request, as far as the bundle has them."""
+        return {name: file for name, file in COMPONENTS.items() if file.as_posix() in self.graphs}
+
+    @property
+    def frontend(self) -> str:
+        """Who makes the model's inputs."""
+        return str(self.model.get(FRONTEND, TORCH_FREE))
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """What of the model could not be put into the bundle, with the reason."""
+        return dict(self.model.get("missing", {}))
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into a bundle folder."""
@@ -172,15 +193,17 @@ class Manifest:
                 return field.name
         ends = self.tokens.get("end")
         checks = {
-            "model": all(isinstance(self.model.get(name), str) for name in ("class", "fingerprint", "dtype")),
-            "tokens": isinstance(self.tokens.get("audio"), int)
+            "model": all(isinstance(self.model.get(name), str) for name in ("class", "fingerprint", "dtype"))
+            and self.frontend in (TORCH_FREE, BY_PROCESSOR)
+            and isinstance(self.model.get("missing", {}), dict),
+            "tokens": isinstance(self.tokens.get("audio", ""), int | None)
             and isinstance(ends, list)
             and all(isinstance(token, int) for token in ends),
             "parity": "verdict" in self.parity,
             "engines": all(
                 entry.backend in BACKENDS
                 and isinstance(entry.components, dict)
-                and set(entry.components) == set(COMPONENTS)
+                and set(entry.components) == set(self.components)
                 and all(isinstance(file, str) for file in entry.components.values())
                 and all(file in self.files for file in entry.components.values() if self.files)
                 for entry in self.engines

@@ -15,6 +15,7 @@ from sarsteer_export.cli.options import (
     FOLDER,
     calibration_options,
     calibration_settings,
+    chosen_model_options,
     data_options,
     device_options,
     engine_options,
@@ -22,10 +23,12 @@ from sarsteer_export.cli.options import (
     force_option,
     judge_options,
     judge_settings,
+    model_options,
     overflow_option,
     overlap_option,
     overwrite_option,
     parity_options,
+    resume_option,
 )
 
 if TYPE_CHECKING:
@@ -56,9 +59,11 @@ if TYPE_CHECKING:
     "--keep-unsteered/--no-unsteered", default=True, show_default=True, help="Ship the unsteered decoder too."
 )
 @device_options
+@model_options
 @engine_options
 @overflow_option
 @click.option("--dry-run", is_flag=True, help="Say what would happen and what it needs; write nothing.")
+@resume_option
 @force_option
 @overwrite_option
 def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: Any) -> None:
@@ -78,8 +83,10 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
     from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.pipeline import build, preview
 
+    loading = chosen_model_options(given)
     settings = BuildSettings(
-        calibration=calibration_settings(model, given),
+        calibration=calibration_settings(model, given, trust_remote_code=loading.trust_remote_code),
+        loading=loading,
         parity=ParitySettings(**{name: given.pop(name) for name in ("prompts", "decode_steps", "blocks")}),
         judge=judge_settings(given),
         engine=engine_settings(given),

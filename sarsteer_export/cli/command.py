@@ -63,6 +63,8 @@ class Command(click.Command):
             with _signals_interrupt(context):
                 return super().invoke(context)
         except SarsteerError as error:
+            if error.silent:
+                context.exit(error.exit_code)
             if debug:
                 raise
             lines = str(error).split(DETAIL) if error.has_details else [str(error)]

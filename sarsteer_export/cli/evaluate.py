@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,15 +13,32 @@ from sarsteer_export.cli.options import (
     ANY_PATH,
     DATA,
     FOLDER,
+    chosen_model_options,
     data_options,
     engine_option,
     force_option,
     judge_options,
     judge_settings,
+    model_options,
     overlap_option,
     overwrite_option,
     read_settings,
 )
+
+if TYPE_CHECKING:
+    from calibration.model_options import ModelOptions
+
+OF_A_CHECKPOINT = (
+    "decoder",
+    "final_norm",
+    "lm_head",
+    "embed_tokens",
+    "audio_encoder",
+    "projector",
+    "adapter",
+    "trust_remote_code",
+)
+"""The values of `model_options`."""
 
 
 @click.command("evaluate", cls=Command)
@@ -64,6 +81,7 @@ from sarsteer_export.cli.options import (
     default=None,
     help="Precision of the eager model.  [default: the bundle's, else float32]",
 )
+@model_options
 @click.option("--output", "-o", type=FOLDER, default=None, help="Folder to write results and outputs to.")
 @force_option
 @overwrite_option
@@ -91,6 +109,7 @@ def command(target: Path, output: Path | None, overwrite: bool, as_json: bool, *
     if given["limit"] is not None and given["limit"] < 1:
         raise InputError(f"--limit is {given['limit']}; expected at least 1")
     settings = EvaluationSettings(
+        loading=loading_of(target, given),
         plans=labelled(given.pop("plans")),
         judge=judge_settings(given),
         data=read_settings(given),
@@ -107,6 +126,19 @@ def command(target: Path, output: Path | None, overwrite: bool, as_json: bool, *
     if output is not None:
         write_results(found, output, overwrite=overwrite)
     emit(found.to_json(), found.table(), as_json=as_json)
+
+
+def loading_of(target: Path, given: dict[str, Any]) -> ModelOptions | None:
+    """Take the values of `model_options` out of `given`; None where no checkpoint is loaded, which needs no PyTorch."""
+    from sarsteer_export.evaluation.evaluate import is_bundle
+
+    if given["model"] is not None or not is_bundle(target):
+        return chosen_model_options(given)
+    if unused := [name for name in OF_A_CHECKPOINT if given.pop(name)]:
+        raise InputError(
+            f"--{unused[0].replace('_', '-')} is about a checkpoint; give the bundle's with --model, or leave it out"
+        )
+    return None
 
 
 def labelled(plans: tuple[str, ...]) -> dict[str, Path]:

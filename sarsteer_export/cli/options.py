@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from sarsteer_export.cli.command import options
 
 if TYPE_CHECKING:
     from calibration.calibrate import CalibrationSettings
+    from calibration.model_options import ModelOptions
     from sarsteer_export.engine_build import EngineSettings
     from sarsteer_export.judges.settings import JudgeSettings
 
@@ -51,6 +53,30 @@ device_options = options(
         default="float32",
         show_default=True,
         help="Precision of the model.",
+    ),
+)
+model_options = options(
+    *(
+        click.option(f"--{option}", option.replace("-", "_"), default=None, metavar="MODULE", help=meaning)
+        for option, meaning in (
+            ("decoder", "Where the list of decoder blocks is in the model, such as model.layers."),
+            ("final-norm", "Where the norm behind the last block is, such as model.norm."),
+            ("lm-head", "Where the layer is that makes logits, such as lm_head."),
+            ("embed-tokens", "Where the embedding of tokens is, such as model.embed_tokens."),
+            ("audio-encoder", "Where the audio encoder is."),
+            ("projector", "Where the projector behind the audio encoder is."),
+        )
+    ),
+    click.option(
+        "--adapter",
+        default=None,
+        metavar="FILE.py:CLASS",
+        help="Class of yours that drives the model; or PACKAGE.MODULE:CLASS. It is run as code.",
+    ),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run the Python code that comes with the checkpoint; without it such a checkpoint is refused.",
     ),
 )
 parity_options = options(
@@ -138,6 +164,12 @@ judge_options = options(
         "--judge-concurrency", default=4, show_default=True, help="Verdicts asked of an endpoint at once."
     ),
 )
+resume_option = click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on from where an interrupted calibration of the same inputs stopped.",
+)
 calibration_options = options(
     click.option("--alpha", default=0.1, show_default=True, help="Strength of the steering vectors."),
     click.option(
@@ -206,6 +238,15 @@ engine_options = options(
 )
 
 
+def chosen_model_options(given: dict[str, Any]) -> ModelOptions:
+    """Take the values of `model_options` out of `given`."""
+    from calibration.decoder_parts import PartNames
+    from calibration.model_options import ModelOptions
+
+    parts = PartNames(**{part.name: given.pop(part.name) for part in dataclasses.fields(PartNames)})
+    return ModelOptions(given.pop("adapter"), parts, given.pop("trust_remote_code"))
+
+
 def engine_settings(given: dict[str, Any]) -> EngineSettings:
     """Take the values of `engine_options` out of `given`."""
     from sarsteer_export.engine_build import EngineSettings
@@ -251,7 +292,9 @@ def read_settings(given: dict[str, Any]) -> ReadSettings:
     return ReadSettings(on_error=OnError(given.pop("on_error")), **{name: given.pop(name) for name in names})
 
 
-def calibration_settings(model: Path, given: dict[str, Any]) -> CalibrationSettings:
+def calibration_settings(
+    model: Path, given: dict[str, Any], *, trust_remote_code: bool = False
+) -> CalibrationSettings:
     """Take the values of `calibration_options` and `data_options` out of `given`.
 
     Negative layers are resolved here and only here.
@@ -268,7 +311,7 @@ def calibration_settings(model: Path, given: dict[str, Any]) -> CalibrationSetti
             alpha=given.pop("alpha"),
             ablation=given.pop("ablation"),
             rank=given.pop("rank"),
-            layers=None if layers is None else parse_layers(layers, _num_layers(model)),
+            layers=None if layers is None else parse_layers(layers, _num_layers(model, trust_remote_code)),
         ),
         refusal_prompt=REFUSAL_PROMPT if refusal_prompt is None else refusal_prompt,
         limit=given.pop("limit"),
@@ -296,27 +339,31 @@ def parse_layers(text: str, num_layers: int, option: str = "--layers") -> tuple[
     return tuple(layers)
 
 
-def parse_layer_sets(text: str, model: Path) -> tuple[tuple[int, ...] | None, ...]:
+def parse_layer_sets(text: str, model: Path, *, trust_remote_code: bool = False) -> tuple[tuple[int, ...] | None, ...]:
     """Sets of blocks parted by semicolons, `all` being every block, which is None."""
     parts = [part.strip() for part in text.split(";")]
     if parts == ["all"]:
         return (None,)
-    blocks = _num_layers(model)
+    blocks = _num_layers(model, trust_remote_code)
     return tuple(
         dict.fromkeys(None if part == "all" else parse_layers(part, blocks, "--layer-sets") for part in parts)
     )
 
 
-def _num_layers(model: Path) -> int:
+def _num_layers(model: Path, trust_remote_code: bool) -> int:
     from transformers import AutoConfig
 
     from calibration.checkpoint import read_config
 
-    read_config(model)
+    written = read_config(model)
     try:  # not from the file itself: what equals a class's default need not be written there
-        config: Any = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(
+            model, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         return int(config.get_text_config().num_hidden_layers)
     except Exception as error:  # a damaged configuration surfaces as almost any exception
+        if isinstance(depth := written.get("num_hidden_layers"), int) and "model_type" in written:
+            return depth  # a kind that transformers does not know
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"model {model}: config.json does not say how many blocks it has ({reason})"

@@ -14,8 +14,10 @@ from sarsteer_export.cli.options import (
     DATA,
     FILE,
     FOLDER,
+    chosen_model_options,
     data_options,
     engine_option,
+    model_options,
     overwrite_option,
     parity_options,
     read_settings,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 @data_options
 @engine_option
 @parity_options
+@model_options
 @overwrite_option
 def command(
     bundle: Path,
@@ -68,7 +71,8 @@ def command(
         check_output(report, overwrite=overwrite)
     quiet_transformers()
     settings = ParitySettings(prompts, decode_steps, blocks, backend=engine)
-    found = verify(bundle, model, requests, settings, data=read_settings(given), progress=Progress())
+    loading, data = chosen_model_options(given), read_settings(given)
+    found = verify(bundle, model, requests, settings, loading=loading, data=data, progress=Progress())
     content = found.to_json() | {"table": found.table()}
     if report is not None:
         page = parity_page(content) if report.suffix == ".html" else json.dumps(content, indent=2) + "\n"

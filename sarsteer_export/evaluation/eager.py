@@ -70,7 +70,7 @@ class EagerSpeaker:
         """Greedy answers to a batch of requests."""
         tokens_BS = self._generate(requests, max_new_tokens=max_new_tokens)
         texts = self.lalm.tokenizer.batch_decode(tokens_BS, skip_special_tokens=True)
-        ends = self._end_tokens()
+        ends = frozenset(self.lalm.adapter.end_token_ids)
         return [Reply(text, _to_end(row, ends)) for text, row in zip(texts, tokens_BS.tolist(), strict=True)]
 
     def log_probabilities(
@@ -93,11 +93,6 @@ class EagerSpeaker:
         with torch.inference_mode(), steering:
             tokens_BS: torch.Tensor = model.generate(**inputs, **GREEDY, **settings)
         return tokens_BS[:, inputs["input_ids"].shape[1] :].cpu()
-
-    def _end_tokens(self) -> frozenset[int]:
-        generation: Any = self.lalm.model.generation_config
-        end = generation.eos_token_id
-        return frozenset([end] if isinstance(end, int) else end or [])
 
 
 class _Forced(LogitsProcessor):

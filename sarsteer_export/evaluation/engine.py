@@ -84,7 +84,7 @@ class EngineSpeaker:
                     row.append(token)
             if all(row[-1] in ends for row in rows):
                 break
-        decode = self.bundle.frontend.tokenizer.decode
+        decode = self.bundle.frontend.decode
         return [Reply(decode([token for token in row if token not in ends]), tuple(row)) for row in rows]
 
     def log_probabilities(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.checkpoint import fingerprint, read_config
-from calibration.errors import InputError
+from calibration.errors import InputError, UnsupportedError
 from calibration.overlap import AllowedOverlap, check_kinds, check_unseen
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.records import ReadSettings, SpokenRequest, check_audio_file
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from calibration.lalm import Lalm
+    from calibration.model_options import ModelOptions
     from calibration.states import Progress
     from sarsteer_export.evaluation.measure import Measured
     from sarsteer_export.evaluation.respondent import Respondent
@@ -50,7 +51,8 @@ class EvaluationSettings:
     `plans`: plans or their files by label; beside a bundle's own, which an entry with the same edits only names.
     `model`: the checkpoint a bundle was made from, to ask the eager model too. `engine`: what runs the bundle.
     `random_seeds`: one random control per plan and seed; none leaves them out. `limit`: the most requests of each
-    kind, drawn with the seed of `bootstrap`. `dtype`: of the eager model, by default the bundle's, else float32.
+    kind, drawn with the seed of `bootstrap`. `loading`: how the eager model is loaded and driven. `dtype`: its
+    precision, by default the bundle's, else float32.
     """
 
     harmful: str | Path
@@ -65,6 +67,7 @@ class EvaluationSettings:
     data: ReadSettings = field(default_factory=ReadSettings)
     allow_overlap: AllowedOverlap = AllowedOverlap.NONE
     limit: int | None = None
+    loading: ModelOptions | None = None
     device: str = "cpu"
     dtype: str | None = None
     force: bool = False
@@ -77,7 +80,7 @@ class _Opened:
     respondents: tuple[Respondent, ...]
     plans: tuple[LabelledPlan, ...]
     target: dict[str, Any]
-    check: Callable[[SpokenRequest], None]
+    check: Callable[[SpokenRequest], object]
     measure: MeasureSettings
 
 
@@ -231,6 +234,11 @@ def _bundle(folder: Path, settings: EvaluationSettings) -> Iterator[_Opened]:
             check = _frontend_check(bundle)
         else:
             lalm, eager = _eager(Path(settings.model), dtype, settings)
+            _check_driven_alike(manifest, lalm)
+            if lalm.hears and not bundle.hears:
+                raise UnsupportedError(
+                    f"{folder}: {_hears_nothing(manifest)}; evaluate its checkpoint with --plan"
+                )
             respondents, check = (eager, engine), _clip_check(lalm)
         target = {"bundle": folder.name, **manifest.model, "engine": settings.engine}
         yield _Opened(respondents, plans, target, check, _fitting(folder, bundle, settings.measure))
@@ -267,23 +275,40 @@ def _loaded(plan: str | Path | SteeringPlan) -> SteeringPlan:
 
 
 def _eager(folder: Path, dtype: str, settings: EvaluationSettings) -> tuple[Lalm, Respondent]:
-    from calibration.lalm import load_lalm
+    from calibration.model_options import ModelOptions
     from sarsteer_export.evaluation.eager import EagerRespondent
 
-    lalm = load_lalm(folder, device=settings.device, dtype=dtype)
+    lalm = (settings.loading or ModelOptions()).load(folder, device=settings.device, dtype=dtype)
     return lalm, EagerRespondent(lalm, force=settings.force)
 
 
-def _clip_check(lalm: Lalm) -> Callable[[SpokenRequest], None]:
+def _check_driven_alike(manifest: Manifest, lalm: Lalm) -> None:
+    from calibration.model_options import check_driven_alike
+
+    check_driven_alike(manifest.model.get("driven_by"), lalm)
+
+
+def _hears_nothing(manifest: Manifest) -> str:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in manifest.missing.items())
+    return f"the bundle hears nothing ({reasons or 'its model takes no audio'})"
+
+
+def _clip_check(lalm: Lalm) -> Callable[[SpokenRequest], object]:
     from calibration.states import check_clip
 
     return lambda request: check_clip(lalm, request)
 
 
-def _frontend_check(bundle: Bundle) -> Callable[[SpokenRequest], None]:
+def _frontend_check(bundle: Bundle) -> Callable[[SpokenRequest], object]:
     front = bundle.frontend
 
     def check(request: SpokenRequest) -> None:
+        if not bundle.hears:
+            if request.audio is not None:
+                raise InputError(
+                    f"{request}: {_hears_nothing(bundle.manifest)}; expected a record of text alone"
+                )
+            return
         load_audio(request.clip(), sampling_rate=front.sampling_rate, max_seconds=front.max_audio_seconds)
 
     return check

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from graph_passes.attention import PER_LAYER_INPUTS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -20,9 +22,12 @@ DECODER_DIMS = {
     "attention_mask": ("batch", "total"),
     "position_ids": ("batch", "sequence"),
 }
+PER_LAYER_DIMS = {PER_LAYER_INPUTS: ("batch", "sequence", None, None)}
 CACHE_DIMS = ("batch", None, "past", None)
 AUDIO_DIMS = {"input_features": ("clips", None, None), "feature_attention_mask": ("clips", None)}
 EMBED_DIMS = {"input_ids": ("batch", "sequence")}
+TOKEN_AUDIO_DIMS: dict[str, tuple[str | None, ...]] = {"input_ids": ("batch", "sequence")}
+"""Dimensions of inputs of an audio encoder that hold tokens, not frames."""
 
 
 def cache_input_names(num_layers: int) -> list[str]:
@@ -35,12 +40,15 @@ def cache_output_names(num_layers: int) -> list[str]:
     return [f"present.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
 
 
-def name_decoder(model: ir.Model, num_layers: int) -> None:
-    """Give an exported decoder its contract: names, symbols and numbers."""
-    caches = cache_input_names(num_layers)
-    dims = {**DECODER_DIMS, **dict.fromkeys(caches, CACHE_DIMS)}
-    _rename(model.graph.inputs, [*DECODER_DIMS, *caches])
-    _rename(model.graph.outputs, ["logits", *cache_output_names(num_layers)])
+def name_decoder(model: ir.Model, num_caches: int, *, per_layer: bool = False) -> None:
+    """Give an exported decoder its contract: names, symbols and numbers.
+
+    `num_caches`: how many blocks have keys and values of their own. `per_layer`: blocks read `per_layer_inputs`.
+    """
+    caches = cache_input_names(num_caches)
+    dims = {**DECODER_DIMS, **dict.fromkeys(caches, CACHE_DIMS), **(PER_LAYER_DIMS if per_layer else {})}
+    _rename(model.graph.inputs, list(dims))
+    _rename(model.graph.outputs, ["logits", *cache_output_names(num_caches)])
     _name_dimensions(model, dims)
 
 
@@ -54,10 +62,26 @@ def name_audio_encoder(model: ir.Model) -> None:
     mask.shape = ir.Shape(["clips", features.shape[2]])
 
 
+def name_flat_audio_encoder(model: ir.Model, inputs: Sequence[str]) -> None:
+    """Give an audio encoder of any processor's inputs its contract; embeddings of all clips follow one another."""
+    dims: dict[str, tuple[str | None, ...]] = {}
+    _rename(model.graph.inputs, inputs)
+    for value in model.graph.inputs:
+        rank = len(value.shape or ())
+        roles = TOKEN_AUDIO_DIMS.get(str(value.name), ("clips", *["frames"] * (rank - 1)))
+        dims[str(value.name)] = roles[:rank]
+    _rename(model.graph.outputs, ["audio_features"])
+    _name_dimensions(model, dims)
+    (features,) = model.graph.outputs
+    if features.shape is not None and isinstance(features.shape[0], ir.SymbolicDim):
+        features.shape = ir.Shape(["audio_tokens", *features.shape[1:]])
+
+
 def name_embed_tokens(model: ir.Model) -> None:
     """Give an exported token embedding its contract."""
     _rename(model.graph.inputs, list(EMBED_DIMS))
-    _rename(model.graph.outputs, ["inputs_embeds"])
+    names = ["inputs_embeds", PER_LAYER_INPUTS]
+    _rename(model.graph.outputs, names[: len(model.graph.outputs)])
     _name_dimensions(model, EMBED_DIMS)
 
 

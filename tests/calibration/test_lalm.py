@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 
-from calibration.checkpoint import fingerprint
+from calibration.checkpoint import fingerprint, hears_audio, listening_part
 from calibration.decoder_parts import find_decoder
 from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, encode_requests, load_lalm
+from calibration.not_supported import NOT_SUPPORTED, NotSupported
 from calibration.requests import load_audio, read_requests
 from calibration.token_positions import position_ids
 from tests import tiny_lalm
@@ -283,3 +285,29 @@ def test_position_ids_count_attended_tokens_only() -> None:
     np.testing.assert_array_equal(
         position_ids(mask), [[0, 1, 2, 3], [0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]]
     )
+
+
+# -------------------------------------------------------------------------------------- what cannot be driven
+
+
+@pytest.mark.parametrize("family", NOT_SUPPORTED, ids=lambda family: family.name)
+def test_a_family_that_cannot_be_driven_is_refused_with_the_reason(
+    family: NotSupported, damaged: Path
+) -> None:
+    for model_type in family.model_types:
+        assert model_type in transformers.CONFIG_MAPPING
+        edit_config(model_type=model_type)(damaged)
+        with pytest.raises(
+            UnsupportedError, match=f"{family.name} is not supported: {re.escape(family.reason)}"
+        ):
+            load_lalm(damaged)
+
+
+def test_what_hears_is_read_from_the_configuration() -> None:
+    assert hears_audio({"audio_config": {}})
+    assert hears_audio({"audio_token_index": 5, "encoder_config": {}})
+    assert hears_audio({"thinker_config": {"audio_config": {}}, "talker_config": {"audio_token_index": 5}})
+    assert not hears_audio({"audio_config": None, "audio_token_id": 5})
+    assert not hears_audio({"vision_config": {}, "talker_config": {"audio_token_index": 5}})
+    assert listening_part({"thinker_config": {"audio_config": {}}, "talker_config": {}}) == "thinker_config"
+    assert listening_part({"audio_config": {}, "other": {"audio_config": {}}}) is None

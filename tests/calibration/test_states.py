@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from calibration.errors import UnsupportedError
 from calibration.lalm import Lalm, encode_requests
 from calibration.requests import load_audio, read_requests
 from calibration.states import (
@@ -48,7 +49,7 @@ def test_the_last_attended_position_of_this_pass_is_marked(
 
 
 def test_hidden_states_are_the_tensor_or_the_first_of_a_tuple() -> None:
-    hidden = torch.zeros(1)
+    hidden = torch.zeros(1, 1, 1)
     assert hidden_of(hidden) is hidden
     assert hidden_of((hidden, None)) is hidden
     with pytest.raises(TypeError, match="returned dict"):
@@ -133,3 +134,8 @@ def test_the_three_kinds_of_states(lalm: Lalm, harmful_requests: Path, benign_re
         ("benign", 4, 5),
         ("benign", 5, 5),
     ]
+
+
+def test_states_of_several_streams_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"shape \(4, 1, 3, 8\); expected one residual stream"):
+        hidden_of(torch.zeros(4, 1, 3, 8))

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from calibration.directions import SteeringSettings, statistics_of, steering_plan, steering_vectors
 from calibration.errors import InputError
-from calibration.statistics import StateStatistics, StatisticsSum, read_parts, write_parts
+from calibration.statistics import StateStatistics, added, read_parts, total, write_parts
 from tests.calibration.test_directions import LAYERS, WIDTH, random_states
 
 EXACT = 1e-10
@@ -55,42 +55,42 @@ def test_merging_any_split_in_any_order_is_all_at_once(
             strict=True,
         )
     ]
-    summed = StatisticsSum([])
+    summed: tuple[StateStatistics, ...] = ()
     for index in random.permutation(len(parts)):
-        summed.add(parts[index])
-    total = summed.total()
-    assert (total.pairs, total.benign) == (9, benign)
+        summed = added(summed, parts[index])
+    whole = total(summed)
+    assert (whole.pairs, whole.benign) == (9, benign)
     exact = np.sum(states.refused_NLD.astype(np.float64) - states.harmful_NLD.astype(np.float64), axis=0)
-    np.testing.assert_allclose(total.refusal_sum_LD, exact, rtol=0, atol=EXACT)
+    np.testing.assert_allclose(whole.refusal_sum_LD, exact, rtol=0, atol=EXACT)
+    np.testing.assert_allclose(whole.benign_mean_LD, safe.astype(np.float64).mean(axis=0), rtol=0, atol=EXACT)
     np.testing.assert_allclose(
-        total.benign_mean_LD, safe.astype(np.float64).mean(axis=0), rtol=0, atol=EXACT
-    )
-    np.testing.assert_allclose(
-        scatter(total.benign_root_LKD), literal_scatter(safe), rtol=0, atol=benign * EXACT
+        scatter(whole.benign_root_LKD), literal_scatter(safe), rtol=0, atol=benign * EXACT
     )
 
 
 def test_memory_does_not_grow_with_the_data() -> None:
     states = random_states(benign=20 * WIDTH)
-    summed = StatisticsSum([])
-    for part in np.split(states.benign_NLD, 60):
-        summed.add(StateStatistics.of_benign(part))
-        assert all(part.benign_root_LKD.shape[1] < 2 * WIDTH for part in summed.parts)
-        assert len(summed.parts) <= 7
-    assert summed.total().nbytes < 8 * LAYERS * (2 * WIDTH + 2) * WIDTH
+    summed: tuple[StateStatistics, ...] = ()
+    for batch in np.split(states.benign_NLD, 60):
+        summed = added(summed, StateStatistics.of_benign(batch))
+        assert all(part.benign_root_LKD.shape[1] < 2 * WIDTH for part in summed)
+        assert len(summed) <= 7
+    assert total(summed).nbytes < 8 * LAYERS * (2 * WIDTH + 2) * WIDTH
 
 
 def test_a_root_has_no_more_rows_than_centred_states_have_directions() -> None:
-    one_by_one = StatisticsSum([])
+    one_by_one: tuple[StateStatistics, ...] = ()
     for state in random_states(benign=9).benign_NLD:
-        one_by_one.add(StateStatistics.of_benign(state[None]))
-    assert one_by_one.total().benign_root_LKD.shape == (LAYERS, 8, WIDTH)
+        one_by_one = added(one_by_one, StateStatistics.of_benign(state[None]))
+    assert total(one_by_one).benign_root_LKD.shape == (LAYERS, 8, WIDTH)
 
 
 def test_vectors_from_statistics_are_those_from_states() -> None:
     states = random_states(benign=40)
     first, second = (
-        statistics_of(type(states)(*(getattr(states, f"{name}_NLD")[rows] for name in ("harmful", "refused", "benign"))))
+        statistics_of(
+            type(states)(*(getattr(states, f"{name}_NLD")[rows] for name in ("harmful", "refused", "benign")))
+        )
         for rows in (slice(None, 4), slice(4, None))
     )
     for rank in (0, 1, 7, WIDTH):
@@ -114,8 +114,8 @@ def test_statistics_of_other_sizes_do_not_merge() -> None:
 
 
 def test_nothing_added_is_no_statistics() -> None:
-    with pytest.raises(ValueError, match="no statistics were added"):
-        StatisticsSum([]).total()
+    with pytest.raises(ValueError, match="there are no statistics to merge"):
+        total(())
 
 
 # ------------------------------------------------------------------------------------------------------ file
@@ -163,7 +163,9 @@ def damaged(change: str, path: Path) -> None:
     save_file(tensors, path, {"sarsteer": json.dumps(header)} if change != "foreign" else {})
 
 
-@pytest.mark.parametrize("change", ["version", "no parts", "not finite", "sizes", "missing", "foreign", "bytes"])
+@pytest.mark.parametrize(
+    "change", ["version", "no parts", "not finite", "sizes", "missing", "foreign", "bytes"]
+)
 def test_files_that_hold_no_statistics_are_refused(change: str, tmp_path: Path) -> None:
     path = tmp_path / "s"
     damaged(change, path)

@@ -200,6 +200,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
     refused(sarsteer(*call, "--dtype", "float16"), "is a bundle in float32")
     refused(sarsteer(*call, "--plan", "undefended=" + str(plan)), "the label 'undefended' is taken")
     refused(sarsteer(*call, "--plan", f"a={plan}", "--plan", f"a={plan}"), "the label 'a' is taken")
+    refused(sarsteer(*call, "--decoder", "model.layers"), "--decoder is about a checkpoint")
     refused(sarsteer(*call, "--random-seeds", "0,x"), "are no numbers")
     refused(sarsteer(*call, "--random-seeds", "1,1"), "expected different numbers")
     refused(sarsteer(*call, "--bootstrap", "5"), "expected 100 to")

@@ -1,0 +1,108 @@
+"""Processors of omni models where torchvision is missing, and clips that padding would otherwise change."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from calibration.families.clip_by_clip import run_clip_by_clip
+from calibration.lalm import load_lalm
+from calibration.processor import LeftOut, audio_only, load_processor
+from tests.zoo import gemma4, phi4_multimodal
+from tests.zoo.tokenizer import build_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("zoo", "visual"),
+    [(gemma4, ("image_processor", "video_processor")), (phi4_multimodal, ("image_processor",))],
+    ids=["gemma-4", "phi-4"],
+)
+def test_what_sees_is_left_out_where_it_cannot_be_loaded(
+    zoo, visual: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.save_checkpoint(tmp_path / "checkpoint")
+
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise ImportError("requires the Torchvision library but it was not found in your environment")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fail)
+    processor = load_processor(tmp_path / "checkpoint")
+    assert all(isinstance(getattr(processor, name), LeftOut) for name in visual)
+    assert processor.tokenizer.convert_tokens_to_ids(processor.audio_token) == processor.audio_token_id
+    processor.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/processor_config.json").read_text(encoding="utf-8"))
+    assert saved["processor_class"] == type(processor).__name__ == type(processor).__mro__[1].__name__
+    assert not set(visual) & set(saved)
+    assert load_processor(tmp_path / "saved").audio_token == processor.audio_token
+
+
+def test_a_processor_that_only_hears_fails_as_it_fails(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text(
+        '{"processor_class": "Qwen2AudioProcessor"}', encoding="utf-8"
+    )
+    with pytest.raises(OSError, match=r"does not appear to have a file named|Can't load"):
+        load_processor(tmp_path)
+
+
+def test_parts_that_hear_are_checked_all_the_same() -> None:
+    tokenizer = build_tokenizer(audio_token="<|audio|>", image_token="<|image|>")
+    with pytest.raises(TypeError, match="LeftOut"):
+        audio_only(transformers.Phi4MultimodalProcessor)(LeftOut(), LeftOut(), tokenizer)
+
+
+class Encoder(torch.nn.Module):
+    """Every output frame is the sum of all frames it is given: it hears padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+        self.calls: list[tuple[int, ...]] = []
+
+    def forward(self, features_AFM: torch.Tensor) -> torch.Tensor:
+        self.calls.append(tuple(features_AFM.shape))
+        return self.weight * features_AFM.sum(dim=1, keepdim=True).expand_as(features_AFM)
+
+
+def test_an_encoder_without_a_mask_is_given_each_clip_without_its_padding() -> None:
+    encoder = Encoder()
+    run_clip_by_clip(encoder)
+    run_clip_by_clip(encoder)  # once is enough
+    features = torch.ones(2, 4, 3)
+    features[1, 2:] = torch.nan
+    output = encoder(features)
+    assert encoder.calls == [(1, 4, 3), (1, 2, 3)]
+    np.testing.assert_array_equal(output[0].detach(), np.full((4, 3), 8.0))
+    np.testing.assert_array_equal(output[1].detach(), [[4.0] * 3] * 2 + [[0.0] * 3] * 2)
+
+
+def test_clips_of_one_length_are_encoded_at_once() -> None:
+    encoder = Encoder()
+    run_clip_by_clip(encoder)
+    encoder(torch.ones(3, 4, 2))
+    assert encoder.calls == [(3, 4, 2)]
+
+
+def test_a_copy_of_the_model_runs_its_own_weights() -> None:
+    encoder = Encoder()
+    run_clip_by_clip(encoder)
+    copied = copy.deepcopy(encoder)
+    copied.weight.data.fill_(-1.0)
+    features = torch.ones(2, 2, 1)
+    features[1, 1:] = torch.nan
+    np.testing.assert_array_equal(copied(features).detach()[:, 0, 0], [-2.0, -1.0])
+
+
+def test_padding_of_features_is_marked_for_the_encoder_and_read_by_nothing(tmp_path: Path) -> None:
+    lalm = load_lalm(phi4_multimodal.save_checkpoint(tmp_path))
+    random = np.random.default_rng(0)
+    clips = [0.1 * random.standard_normal(size).astype(np.float32) for size in (16_000, 8_000)]
+    inputs = lalm.adapter.encode(["one", "two"], clips)
+    assert torch.isnan(inputs["audio_input_features"][1]).any()
+    with torch.inference_mode():
+        assert torch.isfinite(lalm.model(**inputs).logits).all()
