@@ -12,10 +12,12 @@ from sarsteer_export.cli.options import (
     ANY_PATH,
     DATA,
     FOLDER,
+    chosen_model_options,
     data_options,
     device_options,
     judge_options,
     judge_settings,
+    model_options,
     overlap_option,
     overwrite_option,
     parse_layer_sets,
@@ -105,6 +107,7 @@ Number = TypeVar("Number", int, float)
 @click.option("--confidence", default=0.95, show_default=True, help="Confidence of every interval.")
 @click.option("--seed", default=0, show_default=True, help="Seed of subsets and resamples.")
 @device_options
+@model_options
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run of this sweep measured.")
 @overwrite_option
 def command(model: Path, output: Path, overwrite: bool, restart: bool, as_json: bool, **given: Any) -> None:
@@ -134,15 +137,19 @@ def command(model: Path, output: Path, overwrite: bool, restart: bool, as_json: 
     for name in ("limit", "eval_limit"):
         if given[name] is not None and given[name] < 1:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")
+    loading = chosen_model_options(given)
     grid = Grid(
         alphas=parse_alphas(given.pop("alphas")),
         ablations=numbers("--lambdas", given.pop("lambdas"), float),
         ranks=numbers("--ranks", given.pop("ranks"), int),
-        layer_sets=parse_layer_sets(given.pop("layer_sets"), model),
+        layer_sets=parse_layer_sets(
+            given.pop("layer_sets"), model, trust_remote_code=loading.trust_remote_code
+        ),
     )
     refusal_prompt = given.pop("refusal_prompt")
     settings = SweepSettings(
         grid=grid,
+        loading=loading,
         limits=Limits(
             *(given.pop(name) for name in ("max_asr", "min_benign", "max_degenerate", "max_kl")),
         ),

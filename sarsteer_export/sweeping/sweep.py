@@ -17,15 +17,19 @@ from calibration.calibrate import (
     calibration_provenance,
     calibration_set,
 )
-from calibration.checkpoint import hears_audio, read_config
-from calibration.directions import largest_rank, statistics_of, steering_plan
+from calibration.checkpoint import hears_audio, processor_digest, read_config
+from calibration.clips import Clips
+from calibration.collection import Collecting, Collection
+from calibration.directions import largest_rank, steering_plan
 from calibration.errors import InputError
-from calibration.lalm import load_lalm
-from calibration.magnitudes import recorded_magnitudes, steered_magnitudes
+from calibration.kept_prompts import KeptStore
+from calibration.magnitudes import steered_magnitudes
+from calibration.model_options import ModelOptions
 from calibration.overlap import SEEN, AllowedOverlap, Overlap, check_disjoint, check_kinds, seen_digests
 from calibration.records import ReadSettings
 from calibration.requests import RequestSet, check_benign_count
-from calibration.states import check_clip, collect_states
+from calibration.states import check_clip
+from calibration.unfinished import UnfinishedFile
 from sarsteer_export.evaluation.eager import EagerRespondent
 from sarsteer_export.evaluation.figures import BENIGN, HARMFUL, figures
 from sarsteer_export.evaluation.intervals import Bootstrap
@@ -52,6 +56,9 @@ if TYPE_CHECKING:
 ALPHAS = tuple(geometric(0.01, 1.0, 21))
 """Ten to a decade, a decade on either side of the paper's 0.1: the length of the refusal direction differs by model."""
 
+CALIBRATION = "calibration"
+"""What an interrupted calibration is kept in, within the folder of the unfinished sweep."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,7 +69,7 @@ class SweepSettings:
     `harmful`, `benign`: requests to calibrate on, at most `limit` of each kind, drawn with the seed of `bootstrap`.
     `eval_harmful`, `eval_benign`: requests to choose by, at most `eval_limit`; figures to be reported need a third
     set. `early_stop`: a line is given up when so many alphas in succession left no benign request answered; 0
-    measures all.
+    measures all. `loading`: how the checkpoint is loaded and driven.
     """
 
     harmful: str | Path
@@ -83,6 +90,7 @@ class SweepSettings:
     allow_overlap: AllowedOverlap = AllowedOverlap.NONE
     device: str = "cpu"
     dtype: str = "float32"
+    loading: ModelOptions = field(default_factory=ModelOptions)
 
     def __post_init__(self) -> None:
         if self.early_stop < 0:
@@ -107,6 +115,7 @@ class _Inputs:
     """The model, and what it hears: `calibration` and `held_out` requests by kind."""
 
     lalm: Lalm
+    clips: Clips
     calibration: dict[str, RequestSet]
     held_out: dict[str, RequestSet]
     overlap: Overlap
@@ -185,12 +194,11 @@ def _read(model: Path, settings: SweepSettings) -> _Inputs:
     }
     for found in read.values():
         check_kinds(found[HARMFUL].requests, found[BENIGN].requests)
-    lalm = load_lalm(model, device=settings.device, dtype=settings.dtype)
+    lalm = settings.loading.load(model, device=settings.device, dtype=settings.dtype)
+    clips = Clips(lalm)
+    checks = {"calibration": clips.check, "held_out": lambda request: check_clip(lalm, request)}
     checked = {
-        name: {
-            kind: one.checked(lambda request: _check_clip(lalm, request), settings.data.on_error)
-            for kind, one in kinds.items()
-        }
+        name: {kind: one.checked(checks[name], settings.data.on_error) for kind, one in kinds.items()}
         for name, kinds in read.items()
     }
     for name, kinds in checked.items():
@@ -204,11 +212,7 @@ def _read(model: Path, settings: SweepSettings) -> _Inputs:
         for name in ("calibration", "held_out")
     )
     overlap = check_disjoint(train, test, settings.allow_overlap)
-    return _Inputs(lalm, checked["calibration"], checked["held_out"], overlap)
-
-
-def _check_clip(lalm: Lalm, request: SpokenRequest) -> None:
-    check_clip(lalm, request)
+    return _Inputs(lalm, clips, checked["calibration"], checked["held_out"], overlap)
 
 
 def _fitted(grid: Grid, inputs: _Inputs) -> Grid:
@@ -243,7 +247,8 @@ def _depends_on(inputs: _Inputs, settings: SweepSettings) -> dict[str, Any]:
     )
     return {
         **{name: provenance[name] for name in (*names, HARMFUL, BENIGN, "versions")},
-        "adapter": inputs.lalm.adapter_type.__name__,
+        "model_driven_by": provenance.get("model_driven_by"),
+        "processor": processor_digest(inputs.lalm.path),
         **{f"eval_{kind}": found.summary() for kind, found in inputs.held_out.items()},
         "judge": settings.judge.identity(),
         **asdict(settings.measure),
@@ -259,17 +264,13 @@ def _statistics(
     kept = unfinished.statistics()
     if kept is not None:
         return kept[0], [float(value) for value in kept[1]["largest_magnitude"]]
-    with recorded_magnitudes(inputs.lalm.parts) as record:
-        states = collect_states(
-            inputs.lalm,
-            inputs.calibration[HARMFUL].requests,
-            inputs.calibration[BENIGN].requests,
-            refusal_prompt=settings.refusal_prompt,
-            batch_size=settings.measure.batch_size,
-            progress=progress,
-        )
-    largest = record.per_block(steered=False)
-    statistics = statistics_of(states)
+    file = UnfinishedFile(unfinished.folder / CALIBRATION, _depends_on(inputs, settings))
+    how = Collecting(settings.measure.batch_size, progress, file)
+    requests = (inputs.calibration[HARMFUL].requests, inputs.calibration[BENIGN].requests)
+    with KeptStore.opened() as store:
+        collection = Collection(inputs.lalm, requests, settings.refusal_prompt, store, how, inputs.clips)
+        collection.begin()
+        statistics, largest = collection.collect()
     provenance = {"largest_magnitude": largest, "inputs": _depends_on(inputs, settings)}
     statistics.save(unfinished.folder / SWEEP_STATISTICS, provenance)
     return statistics, largest
