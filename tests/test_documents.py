@@ -32,6 +32,7 @@ DOCUMENTS = [
     "docs/parity.md",
     "docs/plan.md",
     "docs/results.md",
+    "docs/sweep.md",
     "examples/pocket_lalm/README.md",
 ]
 
