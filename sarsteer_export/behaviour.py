@@ -12,7 +12,7 @@ import torch
 
 from calibration.errors import InputError
 from calibration.lalm import Lalm, encode_requests
-from calibration.states import load_clips
+from calibration.states import heard_clips
 from calibration.steered import steered
 from engines.backends import CPU_BACKEND
 
@@ -184,15 +184,10 @@ def eager_answers(
     lalm: Lalm, requests: Sequence[SpokenRequest], plan: SteeringPlan | None, *, max_new_tokens: int
 ) -> list[str]:
     """Greedy answers of the eager model to a batch of requests, steered by `plan` if there is one."""
-    clips = load_clips(lalm, requests) if lalm.hears else None
-    inputs = encode_requests(lalm, [request.text for request in requests], clips)
-    inputs.pop("position_ids")  # `generate` counts positions itself, over attended tokens
-    model: Any = lalm.model
+    inputs = encode_requests(lalm, [request.text for request in requests], heard_clips(lalm, requests))
     with torch.inference_mode(), steered(lalm.parts, plan) if plan is not None else nullcontext():
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answers: list[str] = lalm.processor.tokenizer.batch_decode(
-        tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+        tokens = lalm.adapter.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answers: list[str] = [lalm.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
     return answers
 
 

@@ -59,7 +59,9 @@ def packing(encoder: Any, features_AMF: torch.Tensor, mask_AF: torch.Tensor) -> 
     """
     width = 2 * int(encoder.n_window)
     missing = -mask_AF.shape[1] % width
-    features_AMF = torch.nn.functional.pad(features_AMF * mask_AF[:, None].to(features_AMF.dtype), (0, missing))
+    features_AMF = torch.nn.functional.pad(
+        features_AMF * mask_AF[:, None].to(features_AMF.dtype), (0, missing)
+    )
     mask_AF = torch.nn.functional.pad(mask_AF.long(), (0, missing))
     clips, bins, frames = features_AMF.shape
     per_clip = frames // width
