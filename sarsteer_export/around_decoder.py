@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from calibration.states import heard_clips
 from engines.parity import Measurement
 from sarsteer_export.behaviour import eager_answers
 from sarsteer_export.bundle.frontend import Frontend
-from sarsteer_export.oracle import EMBEDS, clips_of, prompt_embeddings
+from sarsteer_export.oracle import EMBEDS, prompt_embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +67,7 @@ def compare_prompts(
 
     Features are compared where this package computes them, and not the model's own processor.
     """
-    clips = clips_of(lalm, requests)
+    clips = heard_clips(lalm, requests)
     asked: Sequence[Clip] = [None] * len(requests) if clips is None else clips
     prompts = bundle.prompts(asked, [request.text for request in requests])
     eager = prompt_embeddings(lalm, requests)

@@ -164,22 +164,20 @@ def engine_stage(backend: str) -> str:
 def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
     """Read and check what a build starts from, as far as that goes without loading the model."""
     config = read_config(model)
-    hears = (
-        hears_audio(config) or settings.loading != ModelOptions()
-    )  # else its adapter, or its own code, says it
+    # A model loaded otherwise hears or not as its adapter, or its own code, says.
+    hears = hears_audio(config) or settings.loading != ModelOptions()
     identity = fingerprint(model)
     chosen = settings.calibration
-    if not hears:  # its requests are texts alone
-        chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, require_audio=False))
+    how = dataclasses.replace(chosen.data, require_audio=hears)
     calibration_sets = {
-        kind: calibration_set(data, chosen)
+        kind: calibration_set(data, chosen, hears=hears)
         for kind, data in (("harmful", settings.harmful), ("benign", settings.benign))
     }
     harmful, benign = (found.requests for found in calibration_sets.values())
     held_out: dict[str, RequestSet] = {}
     if settings.eval_harmful is not None and settings.eval_benign is not None:
         held_out = {
-            kind: read_request_set(data, settings=chosen.data).checked(check_audio_file, chosen.data.on_error)
+            kind: read_request_set(data, settings=how).checked(check_audio_file, chosen.data.on_error)
             for kind, data in (("harmful", settings.eval_harmful), ("benign", settings.eval_benign))
         }
     tested = [request for found in held_out.values() for request in found.requests]

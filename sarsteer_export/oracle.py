@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from calibration.errors import UnsupportedError
 from calibration.lalm import Lalm, encode_requests
-from calibration.states import load_clips
+from calibration.states import heard_clips
 from calibration.steered import steered
 from calibration.token_positions import position_ids
 from engines.parity import Pair
@@ -104,13 +104,8 @@ def prompt_embeddings(lalm: Lalm, requests: Sequence[SpokenRequest]) -> PromptEm
     return PromptEmbeddings(content, to_host(prefill.mask))
 
 
-def clips_of(lalm: Lalm, requests: Sequence[SpokenRequest]) -> list[np.ndarray[Any, Any]] | None:
-    """The clips of requests; None for a model that hears nothing."""
-    return load_clips(lalm, requests) if lalm.hears else None
-
-
 def _left_padded(lalm: Lalm, requests: Sequence[SpokenRequest]) -> _Prefill:
-    inputs = encode_requests(lalm, [request.text for request in requests], clips_of(lalm, requests))
+    inputs = encode_requests(lalm, [request.text for request in requests], heard_clips(lalm, requests))
     if lalm.parts.position_axes > 1:
         inputs.pop("position_ids")  # the model makes its own of several axes, which are held against ours
     with torch.inference_mode():

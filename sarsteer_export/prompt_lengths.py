@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from calibration.errors import InputError
 from calibration.lalm import Lalm, encode_requests
-from calibration.states import load_clips
+from calibration.states import heard_clips
 from engines.input_roles import BATCH, PAST, SEQUENCE, TOTAL, GraphInputs
 from engines.profiles import tightest
 
@@ -48,8 +48,7 @@ def check_prompts(
 
 def prompt_length(lalm: Lalm, request: SpokenRequest) -> int:
     """Positions of a request's prompt, audio embeddings included."""
-    clips = load_clips(lalm, [request]) if lalm.hears else None
-    encoded = encode_requests(lalm, [request.text], clips)
+    encoded = encode_requests(lalm, [request.text], heard_clips(lalm, [request]))
     return int(encoded["input_ids"].shape[1])
 
 

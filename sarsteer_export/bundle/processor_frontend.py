@@ -48,14 +48,8 @@ class ProcessorFrontend:
 
         Raises `InputError` when the text holds the audio token.
         """
-        import torch
-
-        if self.audio_token is not None:
-            token = self._adapter.tokenizer.convert_ids_to_tokens(self.audio_token)
-            if token and token in text:
-                raise InputError("the text itself holds the audio token; remove it")
-        made = self._adapter.process([text], None if clip is None else [clip])
-        return {name: value.numpy() for name, value in made.items() if isinstance(value, torch.Tensor)}
+        made = self._adapter.encode([text], None if clip is None else [clip])
+        return {name: value.numpy() for name, value in made.items()}
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's tokens, special ones left out."""
@@ -81,8 +75,13 @@ class ProcessorFrontend:
         except Exception as error:  # a damaged file surfaces as almost any exception of the libraries below
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self.folder}: its processor cannot be loaded ({reason})") from error
-        # The adapter asks the model nothing that its processor does not say; there is no model here.
-        return kind(SimpleNamespace(config=SimpleNamespace()), processor)
+        # There is no model here. The adapter asks its configuration for the audio token, and else its processor; made
+        # by hand, it does not prepare a model for being run.
+        adapter = object.__new__(kind)
+        config = SimpleNamespace(audio_token_id=self.audio_token)
+        adapter.model = SimpleNamespace(config=config, device=torch.device("cpu"), dtype=torch.float32)
+        adapter.processor, adapter.names = processor, None
+        return adapter
 
 
 def adapter_named(name: str) -> Any | None:

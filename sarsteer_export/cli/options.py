@@ -339,7 +339,9 @@ def parse_layers(text: str, num_layers: int, option: str = "--layers") -> tuple[
     return tuple(layers)
 
 
-def parse_layer_sets(text: str, model: Path, *, trust_remote_code: bool = False) -> tuple[tuple[int, ...] | None, ...]:
+def parse_layer_sets(
+    text: str, model: Path, *, trust_remote_code: bool = False
+) -> tuple[tuple[int, ...] | None, ...]:
     """Sets of blocks parted by semicolons, `all` being every block, which is None."""
     parts = [part.strip() for part in text.split(";")]
     if parts == ["all"]:

@@ -69,9 +69,11 @@ class EagerSpeaker:
     def replies(self, requests: Sequence[SpokenRequest], *, max_new_tokens: int) -> list[Reply]:
         """Greedy answers to a batch of requests."""
         tokens_BS = self._generate(requests, max_new_tokens=max_new_tokens)
-        texts = self.lalm.tokenizer.batch_decode(tokens_BS, skip_special_tokens=True)
-        ends = frozenset(self.lalm.adapter.end_token_ids)
-        return [Reply(text, _to_end(row, ends)) for text, row in zip(texts, tokens_BS.tolist(), strict=True)]
+        tokenizer, ends = self.lalm.tokenizer, frozenset(self.lalm.adapter.end_token_ids)
+        return [
+            Reply(tokenizer.decode(row, skip_special_tokens=True), _to_end(row, ends))
+            for row in tokens_BS.tolist()
+        ]
 
     def log_probabilities(
         self, requests: Sequence[SpokenRequest], tokens: Sequence[Sequence[int]]

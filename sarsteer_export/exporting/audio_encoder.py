@@ -6,6 +6,7 @@ Dimensions: A clips, M mel bins, F feature frames, N audio embeddings of all cli
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
     from calibration.lalm import Lalm
 
-SAMPLE_SECONDS = (1.3, 0.8)
-"""Lengths of the clips to trace with: distinct, so that no length is taken for a constant."""
+SAMPLE_SECONDS = ((1.3, 0.8), (0.5, 0.4))
+"""Lengths of clips to trace with, and of others: what both make is the processor's constant."""
 
 
 class AudioEncoderComponent(nn.Module):
@@ -150,11 +151,33 @@ def is_like_qwen2_audio(model: PreTrainedModel) -> bool:
     return "Qwen2Audio" in type(model).__name__
 
 
-def audio_inputs(lalm: Lalm, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Those of the named inputs that the model's processor yields for clips to trace with, ready for the model."""
+@dataclass(frozen=True)
+class EncoderSample:
+    """Inputs to trace an audio encoder with, by name, and the sizes of each that no clip changes (None: those vary)."""
+
+    inputs: dict[str, torch.Tensor]
+    sizes: dict[str, tuple[int | None, ...]]
+
+
+def encoder_sample(lalm: Lalm, names: Sequence[str]) -> EncoderSample:
+    """Those of the named inputs that the model's processor yields for clips of several lengths."""
+    inputs, others = (_processed(lalm, names, seconds) for seconds in SAMPLE_SECONDS)
+
+    def fixed(name: str) -> tuple[int | None, ...]:
+        sizes = zip(inputs[name].shape, others[name].shape, strict=True)
+        return tuple(
+            size if axis and size == other and name != "input_ids" else None
+            for axis, (size, other) in enumerate(sizes)
+        )
+
+    return EncoderSample(inputs, {name: fixed(name) for name in inputs})
+
+
+def _processed(lalm: Lalm, names: Sequence[str], seconds: Sequence[float]) -> dict[str, torch.Tensor]:
+    """What the processor yields for clips of noise, ready for the model; one clip for an encoder that takes no more."""
     alone = getattr(lalm.adapter, "unmasked", None) is not None
     random = np.random.default_rng(0)
-    lengths = [int(seconds * lalm.sampling_rate) for seconds in SAMPLE_SECONDS[: 1 if alone else 2]]
+    lengths = [int(length * lalm.sampling_rate) for length in seconds[: 1 if alone else None]]
     clips = [random.standard_normal(length).astype(np.float32) * 0.1 for length in lengths]
     inputs = lalm.adapter.encode([""] * len(clips), clips)
     return {name: value for name, value in inputs.items() if name in names}

@@ -62,14 +62,27 @@ def name_audio_encoder(model: ir.Model) -> None:
     mask.shape = ir.Shape(["clips", features.shape[2]])
 
 
-def name_flat_audio_encoder(model: ir.Model, inputs: Sequence[str]) -> None:
-    """Give an audio encoder of any processor's inputs its contract; embeddings of all clips follow one another."""
+def name_flat_audio_encoder(model: ir.Model, sizes: Mapping[str, tuple[int | None, ...]]) -> None:
+    """Give an audio encoder of any processor's inputs its contract; embeddings of all clips follow one another.
+
+    `sizes`: by input in graph order, the sizes that a processor always yields, None for those that vary.
+    """
+    _rename(model.graph.inputs, list(sizes))
     dims: dict[str, tuple[str | None, ...]] = {}
-    _rename(model.graph.inputs, inputs)
-    for value in model.graph.inputs:
-        rank = len(value.shape or ())
-        roles = TOKEN_AUDIO_DIMS.get(str(value.name), ("clips", *["frames"] * (rank - 1)))
-        dims[str(value.name)] = roles[:rank]
+    roles: dict[str, str] = {}
+    for value, fixed in zip(model.graph.inputs, sizes.values(), strict=True):
+        known = TOKEN_AUDIO_DIMS.get(str(value.name), ("clips",))
+        named: list[str | None] = []
+        for axis, (dim, size) in enumerate(zip(value.shape or (), fixed, strict=True)):
+            symbol = str(dim.value) if isinstance(dim, ir.SymbolicDim) else None
+            if size is not None:
+                role = str(size)
+            elif axis < len(known):
+                role = str(known[axis])
+            else:
+                role = "frames" if "frames" not in roles.values() else f"{value.name}_{axis}"
+            named.append(None if symbol is None else roles.setdefault(symbol, role))
+        dims[str(value.name)] = tuple(named)
     _rename(model.graph.outputs, ["audio_features"])
     _name_dimensions(model, dims)
     (features,) = model.graph.outputs

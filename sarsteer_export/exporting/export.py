@@ -16,7 +16,7 @@ from sarsteer_export.bundle.manifest import MANIFEST
 from sarsteer_export.exporting.audio_encoder import (
     AudioEncoderComponent,
     PackedAudioEncoder,
-    audio_inputs,
+    encoder_sample,
     flat_encoder,
     is_like_qwen2_audio,
 )
@@ -162,12 +162,13 @@ def _random_inputs(component: DecoderComponent, sequence: int, *, like: torch.Te
 def _trace_audio_encoder(lalm: Lalm) -> ir.Model:
     if not is_like_qwen2_audio(lalm.model):
         component = flat_encoder(lalm.model)
-        inputs = audio_inputs(lalm, component.names)
-        told = inputs
+        sample = encoder_sample(lalm, component.names)
+        told = sample.inputs
         if isinstance(component, PackedAudioEncoder):
-            told = {"features": inputs[component.names[0]], "mask": inputs[component.names[1]]}
+            features, mask = (sample.inputs[name] for name in component.names)
+            told = {"features": features, "mask": mask}
         traced = trace(component, told)
-        name_flat_audio_encoder(traced, list(inputs))
+        name_flat_audio_encoder(traced, sample.sizes)
         return traced
     extractor = lalm.processor.feature_extractor
     frames = int(extractor.nb_max_frames)
