@@ -191,7 +191,9 @@ def table(result: dict[str, Any]) -> str:
 @click.command()
 @click.option("--rounds", type=click.IntRange(2), default=15, show_default=True, help="Rounds.")
 @click.option("--limit", type=click.IntRange(2), default=60, show_default=True, help="Requests of each kind.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Requests per pass.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Requests per pass."
+)
 @click.option("--threads", type=click.IntRange(1), default=None, help="Threads; all cores if not given.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def main(rounds: int, limit: int, batch_size: int, threads: int | None, as_json: bool) -> None:

@@ -43,7 +43,7 @@ class CalibrationSettings:
     refusal_prompt: str = REFUSAL_PROMPT
     limit: int | None = 100
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int = 16
     data: ReadSettings = field(default_factory=ReadSettings)
 
     def __post_init__(self) -> None:

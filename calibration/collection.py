@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Collecting:
     `batch_size`: requests per pass. `unfinished`: where to keep what an interrupted run found, and to go on from.
     """
 
-    batch_size: int = 8
+    batch_size: int = 16
     progress: Progress | None = None
     unfinished: UnfinishedFile | None = None
     processes: Processes = field(default_factory=Processes)
@@ -180,16 +181,21 @@ class Collection:
                 stack.enter_context(runner.passes.prepared())
                 runners.append(runner)
             if count > 1:
-                yield from in_order(
-                    runners,
-                    batches,
-                    lambda runner, batch: self._pass(runner, self._encode(runner.lalm, batch)),
-                )
+                for batch, done in in_order(runners, batches, partial(self._alone, first=batches[0])):
+                    # Begun before the first pairs were compared, which is known by now.
+                    stale = done.prompts.past is not None and verdict.obstacle is not None
+                    yield batch, self._alone(runners[0], batch, first=None) if stale else done
             else:
                 for batch, encoded in self._encoded(batches):
                     yield batch, self._pass(runners[0], encoded)
 
-    def _pass(self, runner: _Runner, encoded: tuple[Inputs, Inputs | None]) -> _Done:
+    def _alone(self, runner: _Runner, batch: Batch, first: Batch | None) -> _Done:
+        """Encode and run a batch; only on the first pairs is it compared with whole passes."""
+        return self._pass(runner, self._encode(runner.lalm, batch), compare=batch is first)
+
+    def _pass(
+        self, runner: _Runner, encoded: tuple[Inputs, Inputs | None], *, compare: bool | None = None
+    ) -> _Done:
         inputs, longer = encoded
         record = runner.record
         if longer is None:
@@ -199,7 +205,7 @@ class Collection:
             check_finite("benign", states_BLD)
             statistics = StateStatistics.of_benign(states_BLD)
         else:
-            prompts, refused_BLD = runner.passes.pair(inputs, longer)
+            prompts, refused_BLD = runner.passes.pair(inputs, longer, compare=compare)
             record.per_block(steered=False)
             for name, states in (("harmful", prompts.states_BLD), ("refused", refused_BLD)):
                 check_finite(name, states.numpy())

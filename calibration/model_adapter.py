@@ -238,8 +238,11 @@ class ModelAdapter:
 
     def prompts(self, texts: Sequence[str], *, spoken: bool) -> list[str]:
         """User turns in the chat template, generation prompt included, one audio token for a clip."""
-        turns = [self.conversation(text, spoken=spoken) for text in texts]
-        return self._rendered(turns if self._takes_parts else [self._plain(turn) for turn in turns])
+        distinct = list(dict.fromkeys(texts))  # a batch mostly asks the same of different clips
+        turns = [self.conversation(text, spoken=spoken) for text in distinct]
+        rendered = self._rendered(turns if self._takes_parts else [self._plain(turn) for turn in turns])
+        prompt_of = dict(zip(distinct, rendered, strict=True))
+        return [prompt_of[text] for text in texts]
 
     @cached_property
     def _takes_parts(self) -> bool:

@@ -110,14 +110,19 @@ class PromptPasses:
                 self._give_up(str(reason))
         return self._whole(inputs, Measured.PROMPT)
 
-    def pair(self, inputs: Inputs, longer: Inputs) -> tuple[PromptPass, torch.Tensor]:
-        """Run prompts, and the same with the refusal text: their states (B, L, D). The first are run in full too."""
+    def pair(
+        self, inputs: Inputs, longer: Inputs, *, compare: bool | None = None
+    ) -> tuple[PromptPass, torch.Tensor]:
+        """Run prompts, and the same with the refusal text: their states (B, L, D).
+
+        With `compare` they are run in full, too; by default the first ones are.
+        """
         if self._verdict.obstacle is None:
             try:
                 found = self._continued(inputs, longer)
-                if not self._verdict.checked:
+                if not self._verdict.checked if compare is None else compare:
                     self._compare(found, inputs, longer)
-                self._verdict.checked = True
+                    self._verdict.checked = True
                 return found
             except CannotContinueError as reason:
                 self._give_up(str(reason))

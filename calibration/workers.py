@@ -63,11 +63,8 @@ def in_order(
 ) -> Iterator[tuple[Thing, Result]]:
     """Do all things, each by one worker, at the same time; results come in the order of the things.
 
-    The first is done alone: what it finds out holds for all. Few results wait to be taken.
+    Few results wait to be taken.
     """
-    if not things:
-        return
-    yield things[0], work(workers[0], things[0])
     idle: SimpleQueue[Worker] = SimpleQueue()
     for worker in workers:
         idle.put(worker)
@@ -83,7 +80,7 @@ def in_order(
     pool = ThreadPoolExecutor(max_workers=len(workers))
     try:
         coming: deque[tuple[Thing, Future[Result]]] = deque()
-        for thing in things[1:]:
+        for thing in things:
             coming.append((thing, pool.submit(run, thing)))
             if len(coming) > len(workers):
                 first, result = coming.popleft()

@@ -188,7 +188,7 @@ calibration_options = options(
         "--limit", default=100, show_default=True, help="Most requests of each kind to calibrate on."
     ),
     click.option("--seed", default=0, show_default=True, help="Seed of the subset when there are more."),
-    click.option("--batch-size", default=8, show_default=True, help="Requests per forward pass."),
+    click.option("--batch-size", default=16, show_default=True, help="Requests per forward pass."),
 )
 
 

@@ -9,25 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from calibration import workers
+from calibration import prompt_passes, workers
 from calibration.calibrate import CalibrationSettings, calibrate
 from calibration.directions import SteeringSettings
 from calibration.lalm import Lalm
 from calibration.workers import in_order, one_thread_each, sharing_weights, worker_count
 
 
-def test_results_come_in_order_and_the_first_is_done_alone() -> None:
+def test_results_come_in_order_from_all_workers_at_the_same_time() -> None:
     both = threading.Barrier(2, timeout=30)
     used: list[tuple[str, int]] = []
 
     def work(worker: str, thing: int) -> int:
         used.append((worker, thing))
-        if 0 < thing < 5:
-            both.wait()  # two at the same time, or never
+        both.wait()  # two at the same time, or never
         return thing * thing
 
-    assert list(in_order(["a", "b"], range(5), work)) == [(n, n * n) for n in range(5)]
-    assert used[0] == ("a", 0)
+    assert list(in_order(["a", "b"], range(6), work)) == [(n, n * n) for n in range(6)]
     assert {worker for worker, _ in used} == {"a", "b"}
     assert list(in_order(["a"], [], work)) == []
 
@@ -60,9 +58,8 @@ def test_only_small_models_on_the_cpu_run_several_batches_at_once(
 
 def test_threads_are_as_before() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), one_thread_each():
+    with one_thread_each():
         assert torch.get_num_threads() == 1
-        raise KeyError
     assert torch.get_num_threads() == before
 
 
@@ -79,3 +76,22 @@ def test_the_plan_is_the_same_to_the_bit(
     for got, wanted in zip(several.edits, one.edits, strict=True):
         np.testing.assert_array_equal(got.tensors()["vector"], wanted.tensors()["vector"])
     assert several.provenance == one.provenance
+
+
+def test_what_was_begun_before_a_bad_verdict_is_run_again_in_full(
+    lalm: Lalm,
+    harmful_requests: Path,
+    benign_requests: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = CalibrationSettings(SteeringSettings(rank=2), batch_size=2)
+    wanted = calibrate(lalm, harmful_requests, benign_requests, settings)
+    monkeypatch.setattr("calibration.collection.worker_count", lambda _: 3)
+    right = prompt_passes.up_to
+    monkeypatch.setattr(prompt_passes, "up_to", lambda past, lengths: right(past, [n - 1 for n in lengths]))
+    found = calibrate(lalm, harmful_requests, benign_requests, settings)
+    assert caplog.messages[0].startswith("every prompt is run in full: run on from a cache")
+    for got, edit in zip(found.edits, wanted.edits, strict=True):
+        # whole passes and continued ones: float32 sums in another order, see test_prompt_passes
+        np.testing.assert_allclose(got.tensors()["vector"], edit.tensors()["vector"], rtol=0, atol=2e-6)
