@@ -396,7 +396,7 @@ def test_a_four_dimensional_mask_cannot_say_which_position_is_last(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "cache", [f"past_key_values.{layer}.{kind}" for layer in (0, 2) for kind in ("key", "value")]
+    "cache", [f"past_key_values.layers.{layer}.{kind}" for layer in (0, 2) for kind in ("keys", "values")]
 )
 def test_positions_may_be_numbered_by_the_length_of_any_block_s_cache(
     exported_decoder: TinyDecoder, cache: str
