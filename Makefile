@@ -60,7 +60,10 @@ gpu-check: $(STAMP)  ## Prove every engine that runs on this machine; needs an N
 
 pocket-lalm: $(STAMP)  ## Train the pocket LALM anew and choose its alpha (about half an hour; needs espeak-ng)
 	$(BIN)/python $(POCKET)/train.py
-	$(BIN)/python $(POCKET)/sweep.py
+	$(BIN)/sarsteer-export sweep $(POCKET)/model --config $(POCKET)/sweep.toml --overwrite \
+		--harmful $(POCKET)/data/train_harmful.jsonl --benign $(POCKET)/data/train_benign.jsonl \
+		--eval-harmful $(POCKET)/data/validation_harmful.jsonl \
+		--eval-benign $(POCKET)/data/validation_benign.jsonl --output $(POCKET)/sweep
 
 clean:  ## Remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

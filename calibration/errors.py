@@ -61,3 +61,9 @@ class AuditError(SarsteerError):
     """A file does not hold the steering that it should, or not all of it, or not unaltered."""
 
     exit_code = 6
+
+
+class LimitsError(SarsteerError):
+    """No setting of a sweep keeps to its limits."""
+
+    exit_code = 6

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from sarsteer_export.patching import PatchSettings, patch, unpatch
     from sarsteer_export.pipeline import build
     from sarsteer_export.refitting import refit
+    from sarsteer_export.sweeping.choice import Candidates
+    from sarsteer_export.sweeping.grid import Grid
+    from sarsteer_export.sweeping.limits import Limits
+    from sarsteer_export.sweeping.sweep import SweepSettings, sweep
     from sarsteer_export.verification import verify
 
 _HOMES = {
@@ -46,12 +50,15 @@ _HOMES = {
     "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
+    "Candidates": "sarsteer_export.sweeping.choice",
     "CombineRule": "calibration.combine",
     "ConversionSettings": "sarsteer_export.interchange.convert",
     "EngineSettings": "sarsteer_export.engine_build",
     "EvaluationSettings": "sarsteer_export.evaluation.evaluate",
+    "Grid": "sarsteer_export.sweeping.grid",
     "JudgeSettings": "sarsteer_export.judges.settings",
     "LastFrom": "graph_passes.selection",
+    "Limits": "sarsteer_export.sweeping.limits",
     "MeasureSettings": "sarsteer_export.evaluation.measure",
     "ModelAdapter": "calibration.model_adapter",
     "ModelOptions": "calibration.model_options",
@@ -67,6 +74,7 @@ _HOMES = {
     "SteeringPlan": "calibration.plan",
     "SteeringSettings": "calibration.directions",
     "StrengthInput": "graph_passes.selection",
+    "SweepSettings": "sarsteer_export.sweeping.sweep",
     "audit": "sarsteer_export.auditing",
     "build": "sarsteer_export.pipeline",
     "build_engines": "sarsteer_export.engine_build",
@@ -79,6 +87,7 @@ _HOMES = {
     "patch": "sarsteer_export.patching",
     "refit": "sarsteer_export.refitting",
     "steered": "calibration.steered",
+    "sweep": "sarsteer_export.sweeping.sweep",
     "unpatch": "sarsteer_export.patching",
     "verify": "sarsteer_export.verification",
 }
@@ -91,12 +100,15 @@ __all__ = [
     "BuildSettings",
     "Bundle",
     "CalibrationSettings",
+    "Candidates",
     "CombineRule",
     "ConversionSettings",
     "EngineSettings",
     "EvaluationSettings",
+    "Grid",
     "JudgeSettings",
     "LastFrom",
+    "Limits",
     "MeasureSettings",
     "ModelAdapter",
     "ModelOptions",
@@ -112,6 +124,7 @@ __all__ = [
     "SteeringPlan",
     "SteeringSettings",
     "StrengthInput",
+    "SweepSettings",
     "audit",
     "build",
     "build_engines",
@@ -124,6 +137,7 @@ __all__ = [
     "patch",
     "refit",
     "steered",
+    "sweep",
     "unpatch",
     "verify",
 ]

@@ -21,6 +21,7 @@ DOCUMENTS = [
     "docs/adapters.md",
     "docs/audit.md",
     "docs/bundle.md",
+    "docs/calibration.md",
     "docs/data.md",
     "docs/decoders.md",
     "docs/engines.md",
@@ -31,6 +32,7 @@ DOCUMENTS = [
     "docs/parity.md",
     "docs/plan.md",
     "docs/results.md",
+    "docs/sweep.md",
     "examples/pocket_lalm/README.md",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
+
+BLOCKS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+"""A block, or the first and the last of a range."""
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 engine_option = click.option(
@@ -317,27 +321,33 @@ def calibration_settings(
     )
 
 
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Block numbers from `0,4-11,-1`: single blocks, ranges with both ends, negatives from the end."""
+def parse_layers(text: str, num_layers: int, option: str = "--layers") -> tuple[int, ...]:
+    """Block numbers from `0,4-11,-8--1`: single blocks, ranges with both ends, negatives from the end."""
     layers: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            block_range = range(int(first), int(last) + 1) if dash and first else [int(part)]
-            layers += block_range
-            if not block_range:
-                raise ValueError
-        except ValueError:
-            raise InputError(
-                f"--layers: {part!r} is no block or range of blocks; write e.g. 0,4-11,-1"
-            ) from None
-    resolved = [layer + num_layers if layer < 0 else layer for layer in layers]
-    for layer, number in zip(layers, resolved, strict=True):
-        if not 0 <= number < num_layers:
-            raise InputError(f"--layers: block {layer} does not exist; the model has {num_layers} blocks")
-    if not resolved or len(set(resolved)) != len(resolved):
-        raise InputError(f"--layers: {text!r} names no block, or one twice")
-    return tuple(resolved)
+        written = BLOCKS.fullmatch(part.strip())
+        ends = [int(end) for end in written.groups() if end is not None] if written else []
+        resolved = [end + num_layers if end < 0 else end for end in ends]
+        if not resolved or resolved[-1] < resolved[0]:
+            raise InputError(f"{option}: {part!r} is no block or range of blocks; write e.g. 0,4-11,-1")
+        for end, number in zip(ends, resolved, strict=True):
+            if not 0 <= number < num_layers:
+                raise InputError(f"{option}: block {end} does not exist; the model has {num_layers} blocks")
+        layers += range(resolved[0], resolved[-1] + 1)
+    if len(set(layers)) != len(layers):
+        raise InputError(f"{option}: {text!r} names no block, or one twice")
+    return tuple(layers)
+
+
+def parse_layer_sets(text: str, model: Path, *, trust_remote_code: bool = False) -> tuple[tuple[int, ...] | None, ...]:
+    """Sets of blocks parted by semicolons, `all` being every block, which is None."""
+    parts = [part.strip() for part in text.split(";")]
+    if parts == ["all"]:
+        return (None,)
+    blocks = _num_layers(model, trust_remote_code)
+    return tuple(
+        dict.fromkeys(None if part == "all" else parse_layers(part, blocks, "--layer-sets") for part in parts)
+    )
 
 
 def _num_layers(model: Path, trust_remote_code: bool) -> int:
