@@ -50,7 +50,7 @@ bench: $(STAMP)  ## Measure what steering costs at run time, when a graph is pat
 	$(BIN)/python benchmarks/engine_build.py
 
 results: $(STAMP)  ## Measure the pocket LALM undefended, steered and at random; write docs/results.md and the README's table
-	$(BIN)/python benchmarks/results.py
+	$(BIN)/python $(POCKET)/results.py
 
 fuzz: $(STAMP)  ## Give every command 2,000 damaged graphs and plans, other ones each time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m nightly tests/fuzz

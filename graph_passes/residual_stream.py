@@ -333,12 +333,13 @@ def _blocks(index: GraphIndex, adds: list[_ResidualAdd]) -> tuple[Block, ...]:
 def _check_caches(index: GraphIndex, groups: list[list[_ResidualAdd]], blocks: list[Block]) -> None:
     """Raise unless every block that reads caches of its own has two; a block may attend to an earlier one's.
 
-    Of block 0's only one may count: where positions are numbered by the length of the other, all depends on it.
+    Where positions are numbered by the length of some block's cache, everything depends on that one: it counts as
+    block 0's, and its own block, which may be block 0 itself, has one less.
     """
     caches = len(AttentionFinder(index).caches)
     own = [sum(add.caches for add in members) for members in groups]
     owners = sum(count > 0 for count in own)
-    if caches != 2 * owners or max(own) > 2 or (caches and own[0] == 0):
+    if caches != 2 * owners or sum(own) > caches or max(own[1:], default=0) > 2 or (caches and own[0] == 0):
         raise SiteNotFoundError(
             f"found {len(blocks)} decoder blocks on the residual stream, but the graph has {caches} KV-cache "
             f"inputs; expected {2 * len(blocks)}; the blocks end at {_ends(blocks)}"

@@ -393,3 +393,23 @@ def test_a_four_dimensional_mask_cannot_say_which_position_is_last(tmp_path: Pat
         helper.make_tensor_value_info("attention_mask", TensorProto.FLOAT, ["b", 1, "s", "t"])
     )
     assert find_residual_stream(proto).attention_mask is None
+
+
+@pytest.mark.parametrize(
+    "cache", [f"past_key_values.layers.{layer}.{kind}" for layer in (0, 2) for kind in ("keys", "values")]
+)
+def test_positions_may_be_numbered_by_the_length_of_any_block_s_cache(
+    exported_decoder: TinyDecoder, cache: str
+) -> None:
+    """Exporters take the length of the past from whichever cache they like; everything then depends on that one."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(exported_decoder.proto)
+    lengths = [
+        node
+        for node in proto.graph.node
+        if node.op_type == "Shape" and node.input[0].startswith("past_key_values.")
+    ]
+    assert lengths
+    for node in lengths:
+        node.input[0] = cache
+    assert find_residual_stream(proto).blocks == find_residual_stream(exported_decoder.proto).blocks

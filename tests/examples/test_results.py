@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
-from results_page import README_END, README_START, SUMMARY
 from sarsteer_export.evaluation.figures import FIGURES
 from sarsteer_export.evaluation.report import figure_title
 
 ROOT = Path(__file__).parents[2]
+PAGE = runpy.run_path(str(ROOT / "examples" / "pocket_lalm" / "results_page.py"))
+"""The names of the module that writes the page."""
 SYSTEMS = (
     "undefended",
     "refusal vector alone",
@@ -43,7 +45,7 @@ def test_every_system_is_there_on_both_runtimes(results: str) -> None:
         assert [tuple(row[:2]) for row in table[1:]] == [
             (system, runtime) for runtime in RUNTIMES for system in SYSTEMS
         ]
-    assert summary[0][2:] == [figure_title(name) for name in SUMMARY]
+    assert summary[0][2:] == [figure_title(name) for name in PAGE["SUMMARY"]]
     assert everything[0][2:] == [*(figure_title(figure.name) for figure in FIGURES), "KL, nats per token"]
     assert [tuple(row[:2]) for row in changes[1:]] == [
         (system, runtime) for runtime in RUNTIMES for system in SYSTEMS[1:]
@@ -63,7 +65,7 @@ def test_every_share_has_an_interval_around_it_that_has_a_width(results: str) ->
 
 def test_the_readme_shows_the_rows_of_the_page(results: str) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    between = readme.partition(README_START)[2].partition(README_END)[0]
+    between = readme.partition(PAGE["README_START"])[2].partition(PAGE["README_END"])[0]
     assert tables(between) == [tables(results)[0]]
 
 
@@ -81,7 +83,7 @@ def test_steering_refuses_where_random_directions_do_not_and_engines_say_what_ea
 
 
 def test_the_page_says_what_made_it_and_where_and_shows_its_picture(results: str) -> None:
-    assert "`make results` (`python benchmarks/results.py`)" in results
+    assert "`make results` (`python examples/pocket_lalm/results.py`)" in results
     assert re.search(r"on .+, \d+ cores; torch \S+, transformers \S+, onnxruntime", results)
     assert "](results.svg)" in results
     assert "prefers-color-scheme: dark" in (ROOT / "docs" / "results.svg").read_text(encoding="utf-8")

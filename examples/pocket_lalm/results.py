@@ -1,6 +1,6 @@
 """What steering does to the pocket LALM's answers, undefended, steered and at random, on eager and on the engine.
 
-    python benchmarks/results.py
+    python examples/pocket_lalm/results.py
 
 Calibrates the refusal vector alone and with ablation, builds a bundle, evaluates both on the held-out test clips, and
 writes docs/results.md, docs/results.svg and the table in README.md. Minutes on two CPU cores.
@@ -40,8 +40,12 @@ if TYPE_CHECKING:
     from calibration.plan import SteeringPlan
     from sarsteer_export.evaluation.report import Evaluation
 
-ROOT = Path(__file__).parents[1]
-POCKET = ROOT / "examples" / "pocket_lalm"
+POCKET = Path(__file__).resolve().parent
+ROOT = POCKET.parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # last: a script there has the name of a package
+
+from machine import cores, cpu_name  # noqa: E402
+
 ALONE, ABLATED = "refusal vector alone", "with ablation"
 MAX_NEW_TOKENS = 32
 """No answer of the pocket LALM is longer."""
@@ -104,7 +108,8 @@ def main(output: Path) -> None:
 
 def write(found: Evaluation, setup: Setup) -> None:
     """Write the page, its picture and the table in the README."""
-    (ROOT / "docs" / "results.md").write_text(page(found, setup.steering), encoding="utf-8")
+    machine = f"{cpu_name()}, {len(cores())} cores"
+    (ROOT / "docs" / "results.md").write_text(page(found, setup.steering, machine), encoding="utf-8")
     (ROOT / "docs" / "results.svg").write_text(evaluation_svg(found.rows), encoding="utf-8")
     readme = ROOT / "README.md"
     before, start, rest = readme.read_text(encoding="utf-8").partition(README_START)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from machine import cores, cpu_name
 from sarsteer_export.evaluation.figures import KL
 from sarsteer_export.evaluation.report import agreement_lines, difference_rows, markdown_rows
 
@@ -25,8 +24,8 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return markdown_rows(rows, SUMMARY)
 
 
-def page(found: Evaluation, steering: SteeringSettings) -> str:
-    """The whole page."""
+def page(found: Evaluation, steering: SteeringSettings, machine: str) -> str:
+    """The whole page. `machine`: what it was measured on."""
     about = found.about
     counts = [about["requests"][kind]["count"] for kind in ("harmful", "benign")]
     versions = ", ".join(
@@ -34,7 +33,7 @@ def page(found: Evaluation, steering: SteeringSettings) -> str:
     )
     parts = [
         "# Results",
-        f"`make results` (`python benchmarks/results.py`) wrote this page, on {cpu_name()}, {len(cores())} cores; "
+        f"`make results` (`python examples/pocket_lalm/results.py`) wrote this page, on {machine}; "
         f"{versions}. [evaluate.md](evaluate.md) says what every figure means.",
         f"The [pocket LALM](../examples/pocket_lalm/README.md) on its held-out test clips, {counts[0]} harmful and "
         f"{counts[1]} benign ones, in voices that calibration did not hear. Both plans: α {steering.alpha:g}, every "
