@@ -6,13 +6,13 @@ Dimensions: B batch, L decoder blocks, D width.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from calibration.audio_once import features_extracted_once
@@ -22,21 +22,24 @@ from calibration.directions import check_finite
 from calibration.errors import SarsteerError
 from calibration.kept_prompts import KeptStore, at_home
 from calibration.lalm import encode_requests
-from calibration.magnitudes import Measured, recorded_magnitudes
+from calibration.magnitudes import LargestMagnitudes, Measured, recorded_magnitudes
+from calibration.placement import input_device
 from calibration.processes import OtherProcessError, Processes
-from calibration.prompt_passes import PromptPasses
+from calibration.prompt_passes import PromptPasses, Verdict
 from calibration.statistics import StateStatistics, added, total
 from calibration.steered import steered
 from calibration.unfinished import Found, UnfinishedFile
+from calibration.workers import in_order, one_thread_each, sharing_weights, worker_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from calibration.lalm import Lalm
-    from calibration.magnitudes import LargestMagnitudes
     from calibration.plan import SteeringPlan
-    from calibration.prompt_passes import Inputs
+    from calibration.prompt_passes import Inputs, PromptPass
     from calibration.requests import SpokenRequest
     from calibration.states import Progress
 
@@ -58,6 +61,25 @@ class Collecting:
     unfinished: UnfinishedFile | None = None
     processes: Processes = field(default_factory=Processes)
     save_seconds: float = SAVE_SECONDS
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """One model that batches are run on, and what is measured of it."""
+
+    lalm: Lalm
+    record: LargestMagnitudes
+    passes: PromptPasses
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What came of one batch; magnitudes (L,) of all that its runner saw so far."""
+
+    prompts: PromptPass
+    statistics: StateStatistics
+    largest_L: NDArray[np.float32]
+    before_last_L: NDArray[np.float32]
 
 
 class Collection:
@@ -121,61 +143,78 @@ class Collection:
             size=self._how.batch_size,
             done=self._done,
         )
-        with recorded_magnitudes(self._lalm.parts) as record:
-            record.include(self._found.largest_L, self._found.before_last_L)
-            with self._kept_when_interrupted():
-                self._run(self._how.processes.share(batches), record)
-                self._found = self._how.processes.joined(self._found)
-            record.include(self._found.largest_L, self._found.before_last_L)
-            return total(self._found.parts), record.per_block(steered=False)
+        with self._kept_when_interrupted():
+            self._run(self._how.processes.share(batches))
+            self._found = self._how.processes.joined(self._found)
+        record = LargestMagnitudes(len(self._lalm.parts.blocks))
+        record.include(self._found.largest_L, self._found.before_last_L)
+        return total(self._found.parts), record.per_block(steered=False)
 
     def _length(self, request: SpokenRequest) -> int:
         """What the length of a prompt goes by: its audio, then its text."""
         return self._clips.samples(request) + len(request.text)
 
-    def _run(self, batches: Sequence[Batch], record: LargestMagnitudes) -> None:
-        passes = PromptPasses(self._lalm, record)
+    def _run(self, batches: Sequence[Batch]) -> None:
         saved = time.monotonic()
-        with passes.prepared():
-            for batch, (inputs, longer) in self._encoded(batches):
-                self._how.processes.check()
-                self._take(batch, self._statistics(passes, record, batch, inputs, longer), record)
-                if time.monotonic() - saved > self._how.save_seconds:
-                    self._save()
-                    saved = time.monotonic()
+        for batch, done in self._batches_run(batches):
+            self._how.processes.check()
+            self._store.keep(batch, done.prompts)
+            self._take(batch, done)
+            if time.monotonic() - saved > self._how.save_seconds:
+                self._save()
+                saved = time.monotonic()
 
-    def _statistics(
-        self,
-        passes: PromptPasses,
-        record: LargestMagnitudes,
-        batch: Batch,
-        inputs: Inputs,
-        longer: Inputs | None,
-    ) -> StateStatistics:
+    def _batches_run(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, _Done]]:
+        """What comes of each batch, in order; several are run at once where that is faster."""
+        verdict = Verdict()
+        with ExitStack() as stack:
+            models = [self._lalm]
+            count = min(worker_count(self._lalm), len(batches))
+            if count > 1:
+                stack.enter_context(one_thread_each())
+                models += [sharing_weights(self._lalm) for _ in range(count - 1)]
+            runners = []
+            for model in models:
+                record = stack.enter_context(recorded_magnitudes(model.parts))
+                runner = _Runner(model, record, PromptPasses(model, record, verdict))
+                stack.enter_context(runner.passes.prepared())
+                runners.append(runner)
+            if count > 1:
+                yield from in_order(
+                    runners,
+                    batches,
+                    lambda runner, batch: self._pass(runner, self._encode(runner.lalm, batch)),
+                )
+            else:
+                for batch, encoded in self._encoded(batches):
+                    yield batch, self._pass(runners[0], encoded)
+
+    def _pass(self, runner: _Runner, encoded: tuple[Inputs, Inputs | None]) -> _Done:
+        inputs, longer = encoded
+        record = runner.record
         if longer is None:
-            prompts = passes.single(inputs)
+            prompts = runner.passes.single(inputs)
             record.per_block(steered=False)
             states_BLD = prompts.states_BLD.numpy()
             check_finite("benign", states_BLD)
             statistics = StateStatistics.of_benign(states_BLD)
         else:
-            prompts, refused_BLD = passes.pair(inputs, longer)
+            prompts, refused_BLD = runner.passes.pair(inputs, longer)
             record.per_block(steered=False)
             for name, states in (("harmful", prompts.states_BLD), ("refused", refused_BLD)):
                 check_finite(name, states.numpy())
             statistics = StateStatistics.of_pairs(prompts.states_BLD.numpy(), refused_BLD.numpy())
-        self._store.keep(batch, prompts)
-        return statistics
+        return _Done(prompts, statistics, record.largest_L(), record.before_last_L())
 
-    def _take(self, batch: Batch, statistics: StateStatistics, record: LargestMagnitudes) -> None:
+    def _take(self, batch: Batch, done: _Done) -> None:
         found, rows = self._found, frozenset(batch.rows)
         # One assignment: an interrupt falls before or after it, and never leaves half a batch.
         self._found = Found(
-            added(found.parts, statistics),
+            added(found.parts, done.statistics),
             found.harmful | rows if batch.harmful else found.harmful,
             found.benign if batch.harmful else found.benign | rows,
-            record.largest_L(),
-            record.before_last_L(),
+            np.maximum(found.largest_L, done.largest_L),
+            np.maximum(found.before_last_L, done.before_last_L),
         )
         stage, requests = ("harmful", self._harmful) if batch.harmful else ("benign", self._benign)
         before = len(self._done[0 if batch.harmful else 1])
@@ -201,7 +240,8 @@ class Collection:
                 raise
             count = len(self._harmful) + len(self._benign)
             raise KeyboardInterrupt(
-                f"interrupted; {self._found.count} of {count} requests are done and kept in {self._file()}; the same command goes on from there, with --no-resume it starts anew"
+                f"interrupted; {self._found.count} of {count} requests are done and kept in {self._file()}; "
+                "the same command goes on from there, with --no-resume it starts anew"
             ) from None
         except BaseException:
             self._save()
@@ -224,29 +264,29 @@ class Collection:
 
     def _encoded(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, tuple[Inputs, Inputs | None]]]:
         """Batches with their inputs, those of the next being made while the model runs, if it runs elsewhere."""
-        if len(os.sched_getaffinity(0)) < 2:
-            yield from ((batch, self._encode(batch)) for batch in batches)
+        if input_device(self._lalm.model).type == "cpu":  # the same cores would do both
+            yield from ((batch, self._encode(self._lalm, batch)) for batch in batches)
             return
         with ThreadPoolExecutor(max_workers=1) as ahead:
             coming: list[tuple[Batch, Any]] = []
             for batch in batches:
-                coming.append((batch, ahead.submit(self._encode, batch)))
+                coming.append((batch, ahead.submit(self._encode, self._lalm, batch)))
                 if len(coming) > 1:
                     first, inputs = coming.pop(0)
                     yield first, inputs.result()
             for first, inputs in coming:
                 yield first, inputs.result()
 
-    def _encode(self, batch: Batch) -> tuple[Inputs, Inputs | None]:
+    def _encode(self, lalm: Lalm, batch: Batch) -> tuple[Inputs, Inputs | None]:
         requests = self._requests(batch)
         clips = self._clips.load(requests)
         texts = [request.text for request in requests]
         if not batch.harmful:
-            return encode_requests(self._lalm, texts, clips), None
-        with features_extracted_once(self._lalm):
+            return encode_requests(lalm, texts, clips), None
+        with features_extracted_once(lalm):
             return (
-                encode_requests(self._lalm, texts, clips),
-                encode_requests(self._lalm, [text + self._refusal_prompt for text in texts], clips),
+                encode_requests(lalm, texts, clips),
+                encode_requests(lalm, [text + self._refusal_prompt for text in texts], clips),
             )
 
     def _prompts(self, batch: Batch) -> Inputs:

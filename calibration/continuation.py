@@ -40,6 +40,8 @@ class Prompts:
     @classmethod
     def of(cls, inputs: dict[str, torch.Tensor]) -> Prompts:
         """Look at encoded requests."""
+        if "input_ids" not in inputs:
+            raise CannotContinueError("its inputs are embeddings, without the tokens that they stand for")
         ids_BT, mask_BT = inputs["input_ids"], inputs["attention_mask"]
         if other := [
             name

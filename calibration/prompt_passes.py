@@ -65,23 +65,30 @@ class PromptPass:
     audio: list[Any]
 
 
+@dataclass
+class Verdict:
+    """Whether prompts can be run on from a cache: why not, or that it was seen to give what whole passes give."""
+
+    obstacle: str | None = None
+    checked: bool = False
+
+
 class PromptPasses:
     """Runs prompts through a model, each with the least work; use inside `prepared`.
 
-    `record` measures the residual stream of every pass.
+    `record` measures the residual stream of every pass. `verdict` is shared by those who run the same model.
     """
 
-    def __init__(self, lalm: Lalm, record: LargestMagnitudes) -> None:
+    def __init__(self, lalm: Lalm, record: LargestMagnitudes, verdict: Verdict | None = None) -> None:
         self._lalm = lalm
         self._record = record
         self._head = _Head(lalm)
-        self._obstacle: str | None = None
-        self._checked = False
+        self._verdict = verdict or Verdict()
 
     @property
     def obstacle(self) -> str | None:
         """Why prompts are run in full, or None."""
-        return self._obstacle
+        return self._verdict.obstacle
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -96,7 +103,7 @@ class PromptPasses:
 
     def single(self, inputs: Inputs) -> PromptPass:
         """Run prompts that nothing is added to."""
-        if self._obstacle is None:
+        if self._verdict.obstacle is None:
             try:
                 return self._from_head(Prompts.of(inputs))
             except CannotContinueError as reason:
@@ -105,19 +112,19 @@ class PromptPasses:
 
     def pair(self, inputs: Inputs, longer: Inputs) -> tuple[PromptPass, torch.Tensor]:
         """Run prompts, and the same with the refusal text: their states (B, L, D). The first are run in full too."""
-        if self._obstacle is None:
+        if self._verdict.obstacle is None:
             try:
                 found = self._continued(inputs, longer)
-                if not self._checked:
+                if not self._verdict.checked:
                     self._compare(found, inputs, longer)
-                self._checked = True
+                self._verdict.checked = True
                 return found
             except CannotContinueError as reason:
                 self._give_up(str(reason))
             except (SarsteerError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # a model's own code refuses part of a prompt as it likes
-                if self._checked:
+                if self._verdict.checked:
                     raise
                 self._give_up(f"{type(error).__name__}: {error}")
         prompt = self._whole(inputs, Measured.PROMPT)
@@ -135,8 +142,8 @@ class PromptPasses:
         self._whole(inputs, Measured.PROMPT)
 
     def _give_up(self, reason: str) -> None:
-        self._obstacle = " ".join(reason.split())
-        logger.warning("every prompt is run in full: %s", self._obstacle)
+        self._verdict.obstacle = " ".join(reason.split())
+        logger.warning("every prompt is run in full: %s", self._verdict.obstacle)
 
     def _from_head(self, prompts: Prompts) -> PromptPass:
         past = self._head.past(prompts, self._record)

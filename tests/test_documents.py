@@ -21,6 +21,7 @@ DOCUMENTS = [
     "docs/adapters.md",
     "docs/audit.md",
     "docs/bundle.md",
+    "docs/calibration.md",
     "docs/data.md",
     "docs/decoders.md",
     "docs/engines.md",

@@ -61,14 +61,14 @@ def command(
 ) -> None:
     """Compute the steering plan of the checkpoint directory MODEL from spoken requests.
 
-    An interrupted run is gone on from by the same command. Started by torchrun or accelerate launch, all
-    processes share the requests, and the first writes the plan.
+    The same command goes on with an interrupted run. Started by torchrun or accelerate launch (as
+    "torchrun --nproc-per-node 4 -m sarsteer_export calibrate ..."), all processes share the requests, and the
+    first writes the plan.
 
     \b
     Example:
       sarsteer-export calibrate models/Qwen2-Audio-7B-Instruct \\
         --harmful data/harmful.jsonl --benign data/benign.jsonl -o plan.safetensors
-      torchrun --nproc-per-node 4 -m sarsteer_export calibrate ... --device cuda
     """
     from calibration.calibrate import CalibrationRun, calibrate, unfinished_of
     from calibration.processes import started_processes

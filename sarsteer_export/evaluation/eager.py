@@ -87,12 +87,9 @@ class EagerSpeaker:
         """The tokens behind the prompts, int64 (B, S)."""
         clips = heard_clips(self.lalm, requests)
         inputs = encode_requests(self.lalm, [request.text for request in requests], clips)
-        inputs.pop("position_ids", None)  # `generate` counts positions itself, over attended tokens
-        model: Any = self.lalm.model
         steering = nullcontext() if self.plan is None else steered(self.lalm.parts, self.plan)
         with torch.inference_mode(), steering:
-            tokens_BS: torch.Tensor = model.generate(**inputs, **GREEDY, **settings)
-        return tokens_BS[:, inputs["input_ids"].shape[1] :].cpu()
+            return self.lalm.adapter.generate(inputs, **GREEDY, **settings).cpu()
 
 
 class _Forced(LogitsProcessor):
