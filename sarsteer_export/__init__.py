@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from sarsteer_export.sweeping.choice import Candidates
     from sarsteer_export.sweeping.grid import Grid
     from sarsteer_export.sweeping.limits import Limits
-    from sarsteer_export.sweeping.sweep import SweepSettings, sweep
+    from sarsteer_export.sweeping.settings import SweepSettings
+    from sarsteer_export.sweeping.sweep import sweep
     from sarsteer_export.verification import verify
 
 _HOMES = {
@@ -74,7 +75,7 @@ _HOMES = {
     "SteeringPlan": "calibration.plan",
     "SteeringSettings": "calibration.directions",
     "StrengthInput": "graph_passes.selection",
-    "SweepSettings": "sarsteer_export.sweeping.sweep",
+    "SweepSettings": "sarsteer_export.sweeping.settings",
     "audit": "sarsteer_export.auditing",
     "build": "sarsteer_export.pipeline",
     "build_engines": "sarsteer_export.engine_build",

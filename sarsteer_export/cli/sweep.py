@@ -132,7 +132,8 @@ def command(model: Path, output: Path, overwrite: bool, restart: bool, as_json: 
     from sarsteer_export.sweeping.choice import Candidates
     from sarsteer_export.sweeping.grid import Grid, parse_alphas
     from sarsteer_export.sweeping.limits import Limits
-    from sarsteer_export.sweeping.sweep import SweepSettings, sweep
+    from sarsteer_export.sweeping.settings import SweepSettings
+    from sarsteer_export.sweeping.sweep import sweep
 
     for name in ("limit", "eval_limit"):
         if given[name] is not None and given[name] < 1:
