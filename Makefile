@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 POCKET := examples/pocket_lalm
 SOURCES := calibration graph_passes engines sarsteer_export
 
-.PHONY: help setup demo test lint format bench fuzz gpu-check pocket-lalm clean
+.PHONY: help setup demo test lint format bench results fuzz gpu-check pocket-lalm clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -49,6 +49,9 @@ bench: $(STAMP)  ## Measure what steering costs at run time, when a graph is pat
 	$(BIN)/python benchmarks/patch_scale.py
 	$(BIN)/python benchmarks/engine_build.py
 
+results: $(STAMP)  ## Measure the pocket LALM undefended, steered and at random; write docs/results.md and the README's table
+	$(BIN)/python benchmarks/results.py
+
 fuzz: $(STAMP)  ## Give every command 2,000 damaged graphs and plans, other ones each time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m nightly tests/fuzz
 
@@ -57,7 +60,10 @@ gpu-check: $(STAMP)  ## Prove every engine that runs on this machine; needs an N
 
 pocket-lalm: $(STAMP)  ## Train the pocket LALM anew and choose its alpha (about half an hour; needs espeak-ng)
 	$(BIN)/python $(POCKET)/train.py
-	$(BIN)/python $(POCKET)/sweep.py
+	$(BIN)/sarsteer-export sweep $(POCKET)/model --config $(POCKET)/sweep.toml --overwrite \
+		--harmful $(POCKET)/data/train_harmful.jsonl --benign $(POCKET)/data/train_benign.jsonl \
+		--eval-harmful $(POCKET)/data/validation_harmful.jsonl \
+		--eval-benign $(POCKET)/data/validation_benign.jsonl --output $(POCKET)/sweep
 
 clean:  ## Remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -56,7 +56,8 @@ def _from_file(path: Path) -> ModuleType:
         digest = _sha256(path)
     except OSError as error:
         raise InputError(f"adapter {path}: cannot be read ({error.strerror})") from error
-    name = f"sarsteer_adapter_{digest[:16]}"
+    place = hashlib.sha256(f"{path.resolve()}\0{digest}".encode()).hexdigest()
+    name = f"sarsteer_adapter_{place[:16]}"
     if name in sys.modules:  # the same file again is the same class
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory about to be loaded: its `config.json` as JSON, and how to load it."""
+    """A checkpoint directory about to be loaded: its `config.json` as JSON, and how to load it.
+
+    `device_map`: as `from_pretrained` takes it; None loads onto the CPU.
+    """
 
     folder: Path
     config: dict[str, Any]
     dtype: torch.dtype
     trust_remote_code: bool = False
+    device_map: str | dict[str, Any] | None = None
 
     @property
     def hears(self) -> bool:

@@ -8,18 +8,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.checkpoint import hears_audio, read_config
+from calibration.checkpoint import hears_audio, processor_digest, read_config
+from calibration.clips import Clips
+from calibration.collection import Collecting, Collection
 from calibration.directions import SteeringSettings, largest_rank, steering_plan
 from calibration.errors import InputError
+from calibration.kept_prompts import KeptStore
 from calibration.lalm import Lalm
-from calibration.magnitudes import recorded_magnitudes, steered_magnitudes
 from calibration.model_options import ModelOptions, driven_by
 from calibration.overlap import SEEN, check_kinds, seen_digests
+from calibration.processes import Processes
 from calibration.records import ReadSettings, check_audio_file
 from calibration.requests import RequestSet, check_benign_count, read_request_set
-from calibration.states import check_clip, collect_states
+from calibration.unfinished import UnfinishedFile
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from calibration.plan import SteeringPlan
     from calibration.states import Progress
 
@@ -48,6 +53,26 @@ class CalibrationSettings:
             raise InputError(f"batch size is {self.batch_size}; expected at least 1")
 
 
+@dataclass(frozen=True)
+class CalibrationRun:
+    """Where and how a calibration runs; nothing of it is part of the result.
+
+    `device_map`: how accelerate spreads a model that is loaded here over devices, instead of `device`. `unfinished`:
+    file that keeps what an interrupted run found; with `resume`, one that is there is gone on from. `processes`:
+    those that share the work.
+    """
+
+    device_map: str | dict[str, Any] | None = None
+    unfinished: Path | None = None
+    resume: bool = True
+    processes: Processes = field(default_factory=Processes)
+
+
+def unfinished_of(output: Path) -> Path:
+    """Where a calibration whose plan goes to `output` is kept while it is unfinished: a hidden file beside it."""
+    return output.with_name(f".{output.name}.unfinished")
+
+
 def calibrate(
     model: str | Path | Lalm,
     harmful: str | Path | RequestSet,
@@ -58,6 +83,7 @@ def calibrate(
     dtype: str = "float32",
     loading: ModelOptions | None = None,
     progress: Progress | None = None,
+    run: CalibrationRun | None = None,
 ) -> SteeringPlan:
     """Compute the SARSteer plan of a model (METHOD: refusal direction, safe subspace, ablation).
 
@@ -66,40 +92,49 @@ def calibrate(
     the plan, goes into its provenance. Raises `InputError` for a bad model, bad requests, a clip that is in both
     sets or fewer than two benign ones, and where the stream overflows the model's dtype.
     """
-    settings = settings or CalibrationSettings()
+    settings, run = settings or CalibrationSettings(), run or CalibrationRun()
     if not settings.refusal_prompt:
         raise InputError("the refusal prompt is empty; without it there is no refusal direction")
     hears = model.hears if isinstance(model, Lalm) else hears_audio(read_config(Path(model)))
     harmful_set, benign_set = (calibration_set(data, settings, hears=hears) for data in (harmful, benign))
     check_benign_count(benign_set.requests, benign_set.source)
     check_kinds(harmful_set.requests, benign_set.requests)
-    lalm = (
-        model
-        if isinstance(model, Lalm)
-        else (loading or ModelOptions()).load(model, device=device, dtype=dtype)
-    )
+    if isinstance(model, Lalm):
+        lalm = model
+    else:
+        device = run.processes.device(device)
+        lalm = (loading or ModelOptions()).load(model, device=device, dtype=dtype, device_map=run.device_map)
+    clips = Clips(lalm)
     harmful_set, benign_set = (
-        data.checked(lambda request: check_clip(lalm, request), settings.data.on_error)
-        for data in (harmful_set, benign_set)
+        data.checked(clips.check, settings.data.on_error) for data in (harmful_set, benign_set)
     )
     check_benign_count(benign_set.requests, benign_set.source)
-    harmful_requests, benign_requests = harmful_set.requests, benign_set.requests
-    requests = (*harmful_requests, *benign_requests)
     provenance = calibration_provenance(lalm, harmful_set, benign_set, settings)
-    with recorded_magnitudes(lalm.parts) as record:
-        states = collect_states(
-            lalm,
-            harmful_requests,
-            benign_requests,
-            refusal_prompt=settings.refusal_prompt,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
-    unsteered = record.per_block(steered=False)
-    plan = steering_plan(states, settings.steering, provenance)
-    steered = steered_magnitudes(lalm, requests, plan, batch_size=settings.batch_size, progress=progress)
-    largest = {"unsteered": unsteered, "steered": steered}
+    unfinished = None if run.unfinished is None else UnfinishedFile(run.unfinished, _key(lalm, provenance))
+    how = Collecting(settings.batch_size, progress, unfinished, run.processes)
+    with KeptStore.opened() as store:
+        requests = (harmful_set.requests, benign_set.requests)
+        collection = Collection(lalm, requests, settings.refusal_prompt, store, how, clips)
+        collection.begin(resume=run.resume)
+        statistics, unsteered = collection.collect()
+        plan = steering_plan(statistics, settings.steering, provenance)
+        largest = {"unsteered": unsteered, "steered": collection.steered_magnitudes(plan)}
     return replace(plan, provenance={**plan.provenance, "largest_magnitude": largest})
+
+
+def _key(lalm: Lalm, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the statistics depend on, of what goes into a plan's provenance; its strength and rank do not."""
+    names = (
+        "model_fingerprint",
+        "model_dtype",
+        "chat_template_sha256",
+        "refusal_prompt",
+        "harmful",
+        "benign",
+    )
+    named = {name: provenance[name] for name in (*names, "versions")}
+    driven = provenance.get("model_driven_by")
+    return {**named, "processor": processor_digest(lalm.path), "model_driven_by": driven}
 
 
 def calibration_set(

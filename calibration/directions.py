@@ -1,6 +1,7 @@
 """From hidden states to steering vectors: the calibration equations of SARSteer (arXiv 2510.17633).
 
-Everything is float32 and nothing is normalised: the strength alpha multiplies the raw ablated vector.
+Sums and the safe subspace are float64, vectors float32; nothing is normalised: the strength alpha multiplies the raw
+ablated vector.
 Dimensions: N requests, L decoder blocks, D width, K rank of the safe subspace.
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from calibration.errors import InputError
 from calibration.plan import Add, SteeringPlan
+from calibration.statistics import StateStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +52,7 @@ def refusal_direction(
     harmful_ND: NDArray[np.float32], refused_ND: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """v (D,): the mean paired difference that the refusal text makes over the same audio (step 1)."""
-    return np.asarray(np.mean(refused_ND - harmful_ND, axis=0, dtype=np.float32))
+    return StateStatistics.of_pairs(harmful_ND[:, None], refused_ND[:, None]).refusal_direction(0)
 
 
 def safe_basis(benign_ND: NDArray[np.float32], rank: int) -> NDArray[np.float32]:
@@ -61,9 +63,7 @@ def safe_basis(benign_ND: NDArray[np.float32], rank: int) -> NDArray[np.float32]
     limit = largest_rank(*benign_ND.shape)
     if rank > limit:
         raise InputError(f"rank is {rank}; {len(benign_ND)} centred benign states span at most {limit}")
-    centred_DN = (benign_ND - benign_ND.mean(axis=0, dtype=np.float32)).T
-    left_DM, _, _ = np.linalg.svd(centred_DN, full_matrices=False)
-    return np.ascontiguousarray(left_DM[:, :rank])
+    return StateStatistics.of_benign(benign_ND[:, None]).safe_basis(0, rank)
 
 
 def ablate(
@@ -79,42 +79,56 @@ def largest_rank(benign: int, hidden_size: int) -> int:
     return min(benign - 1, hidden_size)
 
 
-def steering_vectors(states: CalibrationStates, *, rank: int, ablation: float) -> NDArray[np.float32]:
-    """The ablated refusal direction v⊥ of every block, (L, D) float32.
+def check_finite(name: str, states: NDArray[np.float32]) -> None:
+    """Raise `InputError` when states over the `name` requests hold NaN or infinite values."""
+    if not np.isfinite(states).all():
+        raise InputError(
+            f"the model's hidden states over the {name} requests hold NaN or infinite values; its dtype may be too "
+            "narrow, calibrate in float32 or bfloat16"
+        )
+
+
+def statistics_of(states: CalibrationStates) -> StateStatistics:
+    """The statistics of states held in memory. Raises `InputError` when one is not finite."""
+    for name in ("harmful", "refused", "benign"):
+        check_finite(name, getattr(states, f"{name}_NLD"))
+    pairs = StateStatistics.of_pairs(states.harmful_NLD, states.refused_NLD)
+    return pairs.merged(StateStatistics.of_benign(states.benign_NLD))
+
+
+def steering_vectors(
+    calibrated: CalibrationStates | StateStatistics, *, rank: int, ablation: float
+) -> NDArray[np.float32]:
+    """The ablated refusal direction v⊥ of every block, (L, D) float32, from states or their statistics.
 
     `rank` is clamped to N − 1, with a warning in the log. Raises `InputError` when a state is not finite.
     """
-    for name in ("harmful_NLD", "refused_NLD", "benign_NLD"):
-        if not np.isfinite(getattr(states, name)).all():
-            raise InputError(
-                f"the model's hidden states over the {name.split('_')[0]} requests hold NaN or infinite "
-                "values; its dtype may be too narrow, calibrate in float32 or bfloat16"
-            )
-    benign, _, hidden_size = states.benign_NLD.shape
-    limit = largest_rank(benign, hidden_size)
+    found = calibrated if isinstance(calibrated, StateStatistics) else statistics_of(calibrated)
+    limit = largest_rank(found.benign, found.width)
     if rank > limit:
-        logger.warning("rank %d is more than %d benign clips can span; using rank %d", rank, benign, limit)
+        logger.warning(
+            "rank %d is more than %d benign clips can span; using rank %d", rank, found.benign, limit
+        )
     rank = min(rank, limit)
     return np.stack(
         [
-            ablate(
-                refusal_direction(states.harmful_NLD[:, layer], states.refused_NLD[:, layer]),
-                safe_basis(states.benign_NLD[:, layer], rank),
-                ablation,
-            )
-            for layer in range(states.benign_NLD.shape[1])
+            ablate(found.refusal_direction(layer), found.safe_basis(layer, rank), ablation)
+            for layer in range(found.layers)
         ]
     )
 
 
 def steering_plan(
-    states: CalibrationStates, settings: SteeringSettings, provenance: Mapping[str, Any] | None = None
+    calibrated: CalibrationStates | StateStatistics,
+    settings: SteeringSettings,
+    provenance: Mapping[str, Any] | None = None,
 ) -> SteeringPlan:
     """The SARSteer plan: add α v⊥ to every chosen block's output at the last position.
 
-    Raises `InputError` when a layer of `settings` is not a block of the model.
+    One set of statistics serves any number of settings. Raises `InputError` when a layer of `settings` is not a block
+    of the model.
     """
-    vectors_LD = steering_vectors(states, rank=settings.rank, ablation=settings.ablation)
+    vectors_LD = steering_vectors(calibrated, rank=settings.rank, ablation=settings.ablation)
     num_layers, hidden_size = vectors_LD.shape
     layers = range(num_layers) if settings.layers is None else settings.layers
     if outside := [layer for layer in layers if not 0 <= layer < num_layers]:

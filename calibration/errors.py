@@ -10,11 +10,13 @@ from __future__ import annotations
 class SarsteerError(Exception):
     """Base of every error this project raises on purpose.
 
-    `has_details`: the message goes on in lines of its own, each indented by two.
+    `has_details`: the message goes on in lines of its own, each indented by two. `silent`: it was said elsewhere, and
+    is not printed again.
     """
 
     exit_code = 2
     has_details = False
+    silent = False
 
 
 class InputError(SarsteerError):
@@ -57,5 +59,11 @@ class ParityError(SarsteerError):
 
 class AuditError(SarsteerError):
     """A file does not hold the steering that it should, or not all of it, or not unaltered."""
+
+    exit_code = 6
+
+
+class LimitsError(SarsteerError):
+    """No setting of a sweep keeps to its limits."""
 
     exit_code = 6

@@ -15,6 +15,7 @@ from calibration.errors import InputError, SarsteerError, UnsupportedError
 from calibration.families.choice import adapter_for
 from calibration.model_adapter import ModelAdapter
 from calibration.not_supported import why_not_supported
+from calibration.placement import check_device_map
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,19 +82,23 @@ def load_lalm(
     adapter: type[ModelAdapter] | None = None,
     parts: PartNames | None = None,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Lalm:
     """Load a checkpoint directory as `from_pretrained` does, ready for inference.
 
     Of a composite model (Qwen-Omni) the part that listens and writes is loaded. `adapter` drives the model
-    instead of the one chosen for its family; `parts` names the decoder's parts. Raises `InputError` when the
-    directory is missing or damaged, or holds no language model, `UnsupportedError` for a family that cannot be driven.
+    instead of the one chosen for its family; `parts` names the decoder's parts. `device_map` lets accelerate spread
+    the model over devices, instead of `device`. Raises `InputError` when the directory is missing or damaged, or holds
+    no language model, `UnsupportedError` for a family that cannot be driven.
     """
     folder = Path(path)
     config = read_config(folder)
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     target = _usable_device(device)
-    checkpoint = Checkpoint(folder, config, DTYPES[dtype], trust_remote_code)
+    if device_map is not None:
+        check_device_map(device_map)
+    checkpoint = Checkpoint(folder, config, DTYPES[dtype], trust_remote_code, device_map)
     if adapter is None:
         if (reason := why_not_supported(checkpoint.model_type)) is not None:
             raise UnsupportedError(f"model {folder}: {reason}")
@@ -108,7 +113,9 @@ def load_lalm(
         raise InputError(f"model {folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
     if incomplete := sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"]):
         raise InputError(f"model {folder}: weights missing or of another shape: {', '.join(incomplete[:3])}")
-    model.to(target).eval()
+    if device_map is None:
+        model.to(target)
+    model.eval()
     lalm = Lalm(model, processor, folder, fingerprint(folder), adapter, parts)
     lalm.adapter.check_processor(checkpoint)
     return lalm

@@ -12,6 +12,7 @@ Dimensions: L decoder blocks, B batch, S sequence, T past and present, D width.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,17 +39,56 @@ SIGNIFICANT_DIGITS = 6
 """What is kept of a magnitude; float32 sums in another order differ in the seventh."""
 
 
+class Measured(Enum):
+    """What the pass under way is: which of its positions count, and as what.
+
+    `PROMPT`: prompts, padded on the left. `HEAD`: only the beginning of prompts. `REFUSED`: prompts with the refusal
+    text, or what comes behind their beginning. `NOTHING`: a pass that is not measured.
+    """
+
+    PROMPT = "prompt"
+    HEAD = "head"
+    REFUSED = "refused"
+    NOTHING = "nothing"
+
+
 class LargestMagnitudes:
-    """The largest |h| of every decoder block over the forward passes seen so far."""
+    """The largest |h| of every decoder block over the forward passes seen so far.
+
+    Kept twice: over all of them and, for the passes over prompts, over what comes before their last token. The latter
+    is what steering of the last position leaves as it is.
+    """
 
     def __init__(self, blocks: int) -> None:
         self._largest: list[torch.Tensor] = [torch.zeros(())] * blocks
+        self._before_last: list[torch.Tensor] = [torch.zeros(())] * blocks
         self._mask_BT: torch.Tensor | None = None
         self._dtype: torch.dtype | None = None
+        self._measured = Measured.PROMPT
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @contextmanager
+    def taking(self, measured: Measured) -> Iterator[None]:
+        """Within the block, passes count as `measured`."""
+        previous, self._measured = self._measured, measured
+        try:
+            yield
+        finally:
+            self._measured, self._seen = previous, None
 
     def largest_L(self) -> NDArray[np.float32]:  # noqa: N802 - carries its dimension
         """The magnitudes (L,) as they are: 0 before the first pass, NaN or infinite where the stream is."""
         return np.array([float(largest) for largest in self._largest], dtype=np.float32)
+
+    def before_last_L(self) -> NDArray[np.float32]:  # noqa: N802 - carries its dimension
+        """The magnitudes (L,) of prompts before their last token."""
+        return np.array([float(largest) for largest in self._before_last], dtype=np.float32)
+
+    def include(self, largest_L: NDArray[np.float32], before_last_L: NDArray[np.float32]) -> None:
+        """Take in what was measured elsewhere."""
+        for kept, other_L in ((self._largest, largest_L), (self._before_last, before_last_L)):
+            for layer, other in enumerate(other_L.tolist()):
+                kept[layer] = torch.maximum(kept[layer], kept[layer].new_tensor(other))
 
     def per_block(self, *, steered: bool) -> list[float]:
         """The magnitudes of L blocks, rounded to a few significant digits.
@@ -67,12 +107,26 @@ class LargestMagnitudes:
 
     def see(self, layer: int, hidden_BSD: torch.Tensor) -> None:
         """Take in one tensor of a block, at the attended positions of the forward pass under way."""
-        peaks_BS = hidden_BSD.detach().abs().amax(dim=-1).float()
-        if self._mask_BT is not None:
-            attended_BS = self._mask_BT[:, -hidden_BSD.shape[1] :].bool().to(peaks_BS.device)
-            peaks_BS = torch.where(attended_BS, peaks_BS, 0.0)
-        self._largest[layer] = torch.maximum(self._largest[layer].to(peaks_BS.device), peaks_BS.amax())
+        if self._measured is Measured.NOTHING:
+            return
+        # A block reads the very tensor that the one before it returned, and so does its first norm.
+        if self._seen is None or self._seen[0] is not hidden_BSD:
+            self._seen = (hidden_BSD, self._peaks(hidden_BSD))
+        peaks_BS = self._seen[1]
+        _raise(self._largest, layer, peaks_BS)
+        if self._measured in (Measured.PROMPT, Measured.HEAD):
+            columns = peaks_BS.shape[1] - (self._measured is Measured.PROMPT)
+            _raise(self._before_last, layer, peaks_BS[:, :columns])
         self._dtype = hidden_BSD.dtype
+
+    def _peaks(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        # Not vector_norm, which takes 18 times as long on a CPU, nor abs, which makes another such tensor.
+        stream_BSD = hidden_BSD.detach()
+        peaks_BS = torch.maximum(stream_BSD.amax(dim=-1), stream_BSD.amin(dim=-1).neg()).float()
+        if self._mask_BT is None:
+            return peaks_BS
+        attended_BS = self._mask_BT[:, -hidden_BSD.shape[1] :].bool().to(peaks_BS.device)
+        return torch.where(attended_BS, peaks_BS, 0.0)
 
     def read_mask(self, _decoder: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         """Pre-hook of the decoder: note the attention mask (B, T); without one every position counts."""
@@ -82,7 +136,12 @@ class LargestMagnitudes:
                 "measuring the residual stream needs the decoder's 2-D attention mask [batch, past + sequence]; "
                 f"got {getattr(mask, 'shape', type(mask).__name__)}"
             )
-        self._mask_BT = mask
+        self._mask_BT, self._seen = mask, None
+
+
+def _raise(kept: list[torch.Tensor], layer: int, peaks_BS: torch.Tensor) -> None:
+    if peaks_BS.numel():
+        kept[layer] = torch.maximum(kept[layer].to(peaks_BS.device), peaks_BS.amax())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import transformers
 from calibration.architecture import Checkpoint, model_class
 from calibration.decoder_parts import DecoderParts, PartNames, find_decoder, named_module
 from calibration.errors import InputError, UnsupportedError
+from calibration.placement import input_device
 from calibration.processor import load_processor
 from calibration.remote_code import own_code
 from calibration.token_positions import position_ids
@@ -59,11 +60,12 @@ class ModelAdapter:
 
     @classmethod
     def load_model(cls, checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
-        """The model on the CPU, and what `from_pretrained` says of keys missing and mismatched."""
+        """The model, on the CPU or spread by a device map, and what `from_pretrained` says of keys that do not fit."""
         config = checkpoint.listening_config
         model, loading = model_class(checkpoint).from_pretrained(
             checkpoint.folder,
             **({} if config is None else {"config": config}),
+            **({} if checkpoint.device_map is None else {"device_map": checkpoint.device_map}),
             dtype=checkpoint.dtype,
             local_files_only=True,
             output_loading_info=True,
@@ -302,8 +304,9 @@ class ModelAdapter:
         for token, what in self._placeholders.items():
             if any(token in text for text in texts):
                 raise InputError(f"a text holds {token}, which stands for {what}; remove it")
+        device = input_device(self.model)
         inputs = {
-            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            name: value.to(device, self.model.dtype if value.is_floating_point() else None)
             for name, value in self.process(texts, audios).items()
             if isinstance(value, torch.Tensor)
         }

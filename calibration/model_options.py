@@ -27,7 +27,14 @@ class ModelOptions:
     parts: PartNames = field(default_factory=PartNames)
     trust_remote_code: bool = False
 
-    def load(self, path: str | Path, *, device: str = "cpu", dtype: str = "float32") -> Lalm:
+    def load(
+        self,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        device_map: str | dict[str, Any] | None = None,
+    ) -> Lalm:
         """Load a checkpoint directory as these options say. Raises `InputError` as `load_lalm` does."""
         return load_lalm(
             path,
@@ -36,6 +43,7 @@ class ModelOptions:
             adapter=None if self.adapter is None else load_adapter(self.adapter),
             parts=self.parts if self.parts != PartNames() else None,
             trust_remote_code=self.trust_remote_code,
+            device_map=device_map,
         )
 
     def identity(self, folder: Path) -> dict[str, Any] | None:

@@ -152,7 +152,7 @@ def check_audio_file(request: SpokenRequest) -> None:
 
 
 def split_bad(
-    requests: Iterable[SpokenRequest], check: Callable[[SpokenRequest], None]
+    requests: Iterable[SpokenRequest], check: Callable[[SpokenRequest], object]
 ) -> tuple[list[SpokenRequest], list[BadRecord]]:
     """The requests for which `check` raises no `InputError`, and the others with what it says."""
     good, bad = [], []

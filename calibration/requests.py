@@ -55,7 +55,7 @@ class RequestSet:
     requests: tuple[SpokenRequest, ...]
     skipped: tuple[BadRecord, ...] = ()
 
-    def checked(self, check: Callable[[SpokenRequest], None], on_error: OnError) -> RequestSet:
+    def checked(self, check: Callable[[SpokenRequest], object], on_error: OnError) -> RequestSet:
         """The same without the requests for which `check` raises `InputError`.
 
         Under `STOP` they are refused, all in one `InputError`; under `SKIP` one warning counts them.
@@ -109,7 +109,7 @@ def read_requests(
     return read_request_set(path, limit=limit, seed=seed, settings=settings).requests
 
 
-def check_requests(requests: Sequence[SpokenRequest], check: Callable[[SpokenRequest], None]) -> None:
+def check_requests(requests: Sequence[SpokenRequest], check: Callable[[SpokenRequest], object]) -> None:
     """Raise one `InputError` that names every request (up to 10) for which `check` raises one."""
     _, bad = split_bad(requests, check)
     settle("requests", bad, len(requests), OnError.STOP)

@@ -78,6 +78,28 @@ def recorded_block_outputs(parts: DecoderParts) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
+@contextmanager
+def recorded_last_states(parts: DecoderParts) -> Iterator[list[torch.Tensor]]:
+    """Within the block, the list holds each block's latest output in its last column, float32 (B, D), in block order.
+
+    Nothing else of the outputs is kept. For passes that are padded on the left, where every row ends in that column.
+    """
+    last: list[torch.Tensor] = [torch.empty(0)] * len(parts.blocks)
+
+    def record(layer: int) -> Callable[[torch.nn.Module, Any, Any], None]:
+        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            last[layer] = hidden_of(output)[:, -1].float().clone()
+
+        return hook
+
+    handles = [block.register_forward_hook(record(layer)) for layer, block in enumerate(parts.blocks)]
+    try:
+        yield last
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def last_position_states(
     lalm: Lalm, texts: Sequence[str], audios: Sequence[NDArray[np.float32]] | None
 ) -> NDArray[np.float32]:
@@ -111,15 +133,16 @@ def check_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> None:
     check_requests(requests, lambda request: check_clip(lalm, request))
 
 
-def check_clip(lalm: Lalm, request: SpokenRequest) -> None:
-    """Raise `InputError` naming a clip that cannot be read or is too short or too long for the model.
+def check_clip(lalm: Lalm, request: SpokenRequest) -> NDArray[np.float32] | None:
+    """A clip that the model can take, (samples,) float32; None for a model that hears none.
 
-    A model that hears takes no text alone, and one that does not no clips.
+    Raises `InputError` naming it when it cannot be read or is too short or too long for the model. A model that hears
+    takes no text alone, and one that does not no clips.
     """
     if not lalm.hears:
         if request.audio is not None:
             raise InputError(f"{request}: the model hears no audio; expected a record of text alone")
-        return
+        return None
     (clip,) = load_clips(lalm, [request])
     if clip.size < MAYBE_SHORT_SECONDS * lalm.sampling_rate:
         tokens = audio_token_count(lalm, clip)
@@ -128,6 +151,7 @@ def check_clip(lalm: Lalm, request: SpokenRequest) -> None:
                 f"audio {request.audio}: too short, {clip.size} samples at {lalm.sampling_rate} Hz; the model "
                 f"makes {tokens} embeddings of it, expected at least {LEAST_AUDIO_TOKENS}"
             )
+    return clip
 
 
 def collect_states(

@@ -25,26 +25,41 @@ if TYPE_CHECKING:
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.engine_build import EngineSettings, build_engines
+    from sarsteer_export.evaluation.evaluate import EvaluationSettings, evaluate
+    from sarsteer_export.evaluation.intervals import Bootstrap
+    from sarsteer_export.evaluation.measure import MeasureSettings
     from sarsteer_export.exporting.export import export
     from sarsteer_export.interchange.convert import ConversionSettings, convert
     from sarsteer_export.interchange.fitting import AllowedLosses
+    from sarsteer_export.judges.settings import JudgeSettings
     from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.patching import PatchSettings, patch, unpatch
     from sarsteer_export.pipeline import build
     from sarsteer_export.refitting import refit
+    from sarsteer_export.sweeping.choice import Candidates
+    from sarsteer_export.sweeping.grid import Grid
+    from sarsteer_export.sweeping.limits import Limits
+    from sarsteer_export.sweeping.sweep import SweepSettings, sweep
     from sarsteer_export.verification import verify
 
 _HOMES = {
     "Add": "calibration.plan",
     "AllowedLosses": "sarsteer_export.interchange.fitting",
     "AuditReport": "graph_passes.audit_report",
+    "Bootstrap": "sarsteer_export.evaluation.intervals",
     "BuildSettings": "sarsteer_export.build_inputs",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
+    "Candidates": "sarsteer_export.sweeping.choice",
     "CombineRule": "calibration.combine",
     "ConversionSettings": "sarsteer_export.interchange.convert",
     "EngineSettings": "sarsteer_export.engine_build",
+    "EvaluationSettings": "sarsteer_export.evaluation.evaluate",
+    "Grid": "sarsteer_export.sweeping.grid",
+    "JudgeSettings": "sarsteer_export.judges.settings",
     "LastFrom": "graph_passes.selection",
+    "Limits": "sarsteer_export.sweeping.limits",
+    "MeasureSettings": "sarsteer_export.evaluation.measure",
     "ModelAdapter": "calibration.model_adapter",
     "ModelOptions": "calibration.model_options",
     "ParitySettings": "sarsteer_export.parity_run",
@@ -59,17 +74,20 @@ _HOMES = {
     "SteeringPlan": "calibration.plan",
     "SteeringSettings": "calibration.directions",
     "StrengthInput": "graph_passes.selection",
+    "SweepSettings": "sarsteer_export.sweeping.sweep",
     "audit": "sarsteer_export.auditing",
     "build": "sarsteer_export.pipeline",
     "build_engines": "sarsteer_export.engine_build",
     "calibrate": "calibration.calibrate",
     "combine_plans": "calibration.combine",
     "convert": "sarsteer_export.interchange.convert",
+    "evaluate": "sarsteer_export.evaluation.evaluate",
     "export": "sarsteer_export.exporting.export",
     "load_bundle": "sarsteer_export.bundle.bundle",
     "patch": "sarsteer_export.patching",
     "refit": "sarsteer_export.refitting",
     "steered": "calibration.steered",
+    "sweep": "sarsteer_export.sweeping.sweep",
     "unpatch": "sarsteer_export.patching",
     "verify": "sarsteer_export.verification",
 }
@@ -78,13 +96,20 @@ __all__ = [
     "Add",
     "AllowedLosses",
     "AuditReport",
+    "Bootstrap",
     "BuildSettings",
     "Bundle",
     "CalibrationSettings",
+    "Candidates",
     "CombineRule",
     "ConversionSettings",
     "EngineSettings",
+    "EvaluationSettings",
+    "Grid",
+    "JudgeSettings",
     "LastFrom",
+    "Limits",
+    "MeasureSettings",
     "ModelAdapter",
     "ModelOptions",
     "ParitySettings",
@@ -99,17 +124,20 @@ __all__ = [
     "SteeringPlan",
     "SteeringSettings",
     "StrengthInput",
+    "SweepSettings",
     "audit",
     "build",
     "build_engines",
     "calibrate",
     "combine_plans",
     "convert",
+    "evaluate",
     "export",
     "load_bundle",
     "patch",
     "refit",
     "steered",
+    "sweep",
     "unpatch",
     "verify",
 ]

@@ -31,11 +31,11 @@ from calibration.requests import (
 from engines.backends import CPU_BACKEND
 from engines.cuda_driver import cuda_driver
 from engines.sidecar import Binding
-from sarsteer_export.behaviour import Judge
 from sarsteer_export.bundle_engines import check_engines
 from sarsteer_export.engine_build import EngineSettings
 from sarsteer_export.exporting.contract import cache_input_names
 from sarsteer_export.exporting.tracing import OPSET
+from sarsteer_export.judges.settings import JudgeSettings
 from sarsteer_export.parity_run import ParitySettings
 from sarsteer_export.range_guard import PROVENANCE_KEY
 from sarsteer_export.versions import installed_versions
@@ -69,6 +69,7 @@ class BuildSettings:
     `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none. `allow_overlap`: what
     they may share with the calibration set. `engine`: what to build beside the ONNX graphs. `loading`: how the model
     is loaded and driven. `allow_overflow`: build even where calibration saw values that float16 cannot square.
+    `resume`: go on with a calibration that was interrupted.
     """
 
     harmful: Path
@@ -79,7 +80,7 @@ class BuildSettings:
     eval_harmful: Path | None = None
     eval_benign: Path | None = None
     allow_overlap: AllowedOverlap = AllowedOverlap.NONE
-    judge: Judge = field(default_factory=Judge)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     allow_overflow: bool = False
     max_new_tokens: int = 32
@@ -89,6 +90,7 @@ class BuildSettings:
     dtype: str = "float32"
     force: bool = False
     overwrite: bool = False
+    resume: bool = True
 
     def __post_init__(self) -> None:
         if (self.eval_harmful is None) != (self.eval_benign is None):
@@ -145,7 +147,7 @@ class BuildInputs:
             for kind, found in self.held_out.items()
         }
 
-    def checked(self, check: Callable[[SpokenRequest], None], on_error: OnError) -> BuildInputs:
+    def checked(self, check: Callable[[SpokenRequest], object], on_error: OnError) -> BuildInputs:
         """The same without the requests that `check` refuses, as `RequestSet.checked` has it."""
         calibration, held_out = (
             {kind: found.checked(check, on_error) for kind, found in sets.items()}
@@ -222,7 +224,7 @@ def read_inputs(model: Path, settings: BuildSettings) -> BuildInputs:
         dataclasses.asdict(settings.parity),
         [requests_digest(harmful), requests_digest(benign)],
         evaluated,
-        dataclasses.asdict(settings.judge),
+        settings.judge.identity() if evaluated else None,
         settings.max_new_tokens,
         settings.keep_unsteered,
         magnitudes,

@@ -1,11 +1,13 @@
-"""Plans that are wrong on purpose: the negative controls of parity."""
+"""Plans that are wrong on purpose: the negative controls of parity, and random directions to compare behaviour with."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING
 
-from calibration.plan import Edit, Positions, Site, SteeringPlan
+import numpy as np
+
+from calibration.plan import Add, Edit, Positions, Site, SteeringPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +36,27 @@ def wrong_plans(plan: SteeringPlan) -> dict[str, SteeringPlan]:
         for name, edits in controls.items()
         if not _same(edits, plan.edits)
     }
+
+
+def random_control(plan: SteeringPlan, seed: int) -> SteeringPlan:
+    """The same edits along random directions: what steering of this size does whatever its direction.
+
+    A vector becomes a Gaussian direction of its norm; a basis becomes a random orthonormal one of its rank, around
+    the same mean. Layers, sites, positions and strengths stay. Equal seeds give equal directions.
+    """
+    random = np.random.default_rng(seed)
+    edits = tuple(_randomised(edit, random, plan.hidden_size) for edit in plan.edits)
+    told = {"random_control": {"of": plan.digest(), "seed": seed}}
+    return dataclasses.replace(plan, edits=edits, provenance={**plan.provenance, **told})
+
+
+def _randomised(edit: Edit, random: np.random.Generator, width: int) -> Edit:
+    if isinstance(edit, Add):
+        direction_D = random.standard_normal(width)
+        length = np.linalg.norm(edit.vector.astype(np.float64)) / np.linalg.norm(direction_D)
+        return dataclasses.replace(edit, vector=(direction_D * length).astype(np.float32))
+    basis_DK = np.linalg.qr(random.standard_normal((width, edit.basis.shape[1])))[0]
+    return dataclasses.replace(edit, basis=basis_DK.astype(np.float32))
 
 
 def _same(edits: Sequence[Edit], others: Sequence[Edit]) -> bool:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.calibrate import calibrate
+from calibration.calibrate import CalibrationRun, calibrate, unfinished_of
 from calibration.checkpoint import parameter_count
 from calibration.errors import InputError, ParityError, UnsupportedError
 from calibration.model_options import driven_by
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.states import check_clip
+from calibration.unfinished import UnfinishedFile
 from engines.backends import Runtime
 from engines.report import ParityReport, Verdict
 from graph_passes.interface import graph_inputs, graph_outputs
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 
     from calibration.lalm import Lalm
     from calibration.states import Progress
+    from sarsteer_export.judges.judge import Judge
 
 
 BYTES_BESIDE_WEIGHTS = 2_000_000
@@ -127,6 +129,7 @@ def build(
     check_output(target, overwrite=settings.overwrite)
     _check_space(target, _needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
+        judge = settings.judge.open(device=settings.device) if inputs.evaluation else None
         lalm = settings.loading.load(inputs.model, device=settings.device, dtype=settings.dtype)
         inputs = inputs.checked(lambda request: check_clip(lalm, request), settings.calibration.data.on_error)
         check_prompts_fit(lalm, inputs, settings)
@@ -134,10 +137,11 @@ def build(
         plan = (
             SteeringPlan.load(target / PLAN)
             if settings.plan is None and "calibrate" in reusable
-            else make_plan(lalm, inputs, settings, progress)
+            else make_plan(lalm, inputs, settings, unfinished_of(target), progress)
         )
         (folder / PLAN).parent.mkdir()
         plan.save(folder / PLAN)
+        UnfinishedFile(unfinished_of(target), {}).remove()
         if earlier is not None and "export" in reusable:
             copy_export(target, earlier, folder)
             missing = earlier.missing
@@ -155,7 +159,7 @@ def build(
         write_graph(patched.model, folder / STEERED_DECODER)
         manifest = describe(lalm, plan, patched, inputs, folder, missing)
         manifest.write(folder)
-        report, behaviour = prove(folder, lalm, plan, inputs, settings, progress)
+        report, behaviour = prove(folder, lalm, plan, inputs, settings, judge, progress)
         kept = () if earlier is None else earlier.engines
         standing = {entry.backend: entry for entry in kept if engine_stage(entry.backend) in reusable}
         engines = tuple(
@@ -170,12 +174,12 @@ def build(
         proven = [prove_engine(run, folder, entry) for entry in engines]
         check_verdicts(report, proven)
         measured = [
-            (entry, measure_engine(folder, entry, lalm, plan, inputs, settings, progress))
+            (entry, measure_engine(folder, entry, lalm, plan, inputs, settings, judge, progress))
             for entry, judged in proven
-            if inputs.evaluation and judged.verdict is Verdict.PASSED
+            if judge is not None and judged.verdict is Verdict.PASSED
         ]
         manifest = finish(folder, manifest, report, proven, behaviour, measured, inputs, settings)
-    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs)
+    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs, settings)
     return BuildResult(
         path=target,
         parity=report.to_json(),
@@ -183,7 +187,7 @@ def build(
         behaviour=measured_on_graphs,
         behaviour_table=None if measured_on_graphs is None else measured_on_graphs["table"],
         engines=manifest.engines,
-        engine_behaviour={entry.label: _with_table(found, inputs) for entry, found in measured},
+        engine_behaviour={entry.label: _with_table(found, inputs, settings) for entry, found in measured},
         reused=reusable,
         data=_data_counts(plan, measured_on_graphs),
     )
@@ -248,9 +252,9 @@ def check_prompts_fit(lalm: Lalm, inputs: BuildInputs, settings: BuildSettings) 
 
 
 def make_plan(
-    lalm: Lalm, inputs: BuildInputs, settings: BuildSettings, progress: Progress | None
+    lalm: Lalm, inputs: BuildInputs, settings: BuildSettings, unfinished: Path, progress: Progress | None
 ) -> SteeringPlan:
-    """Load the plan that was given, or calibrate one."""
+    """Load the plan that was given, or calibrate one; interrupted, it is gone on with from `unfinished`."""
     if settings.plan is not None:
         plan = SteeringPlan.load(settings.plan)
         parts = lalm.parts
@@ -263,7 +267,8 @@ def make_plan(
         )
         return plan
     sets = inputs.calibration
-    return calibrate(lalm, sets["harmful"], sets["benign"], settings.calibration, progress=progress)
+    run = CalibrationRun(unfinished=unfinished, resume=settings.resume)
+    return calibrate(lalm, sets["harmful"], sets["benign"], settings.calibration, progress=progress, run=run)
 
 
 def export_components(lalm: Lalm, folder: Path, progress: Progress | None) -> dict[str, str]:
@@ -323,9 +328,10 @@ def prove(
     plan: SteeringPlan,
     inputs: BuildInputs,
     settings: BuildSettings,
+    judge: Judge | None,
     progress: Progress | None,
 ) -> tuple[ParityReport, BehaviourReport | None]:
-    """Parity of a bundle folder's graphs on the CPU and, when requests were held out, behaviour.
+    """Parity of a bundle folder's graphs on the CPU and, when there is somebody to judge it, behaviour.
 
     Raises `ParityError` when even the unsteered decoder disagrees with the eager model.
     """
@@ -338,13 +344,13 @@ def prove(
             around = run.check_around_decoder(bundle)
             report = given.labelled(run.check_steering(exported, given.folder / STEERED_DECODER, around))
             behaviour = None
-            if inputs.evaluation:
+            if judge is not None:
                 behaviour = measure_behaviour(
                     given.lalm,
                     bundle,
                     given.plan,
                     inputs.evaluation,
-                    settings.judge,
+                    judge,
                     max_new_tokens=settings.max_new_tokens,
                     engine_name=given.engine_name,
                     progress=progress,
@@ -366,6 +372,7 @@ def measure_engine(
     plan: SteeringPlan,
     inputs: BuildInputs,
     settings: BuildSettings,
+    judge: Judge,
     progress: Progress | None,
 ) -> BehaviourReport:
     """Behaviour on an engine of a bundle folder that this machine runs."""
@@ -376,7 +383,7 @@ def measure_engine(
             bundle,
             plan,
             inputs.evaluation,
-            settings.judge,
+            judge,
             max_new_tokens=settings.max_new_tokens,
             batch_size=BATCH_SIZE if rows is None else min(BATCH_SIZE, rows),
             engine_name=entry.backend,
@@ -399,9 +406,9 @@ def finish(
     for entry, judged in proven:
         _write_parity(folder / entry.report, judged)
     if behaviour is not None:
-        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, inputs))
+        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, inputs, settings))
     for entry, found in measured:
-        _write_json(folder / entry.behaviour, _with_table(found, inputs))
+        _write_json(folder / entry.behaviour, _with_table(found, inputs, settings))
     if not settings.keep_unsteered:
         (folder / UNSTEERED_DECODER).unlink()
     parity = {"verdict": report.verdict.value, "backend": report.backend, "precision": report.precision}
@@ -427,14 +434,15 @@ def _data_counts(plan: SteeringPlan, behaviour: dict[str, Any] | None) -> dict[s
     return known | {f"eval_{kind}": counts for kind, counts in held_out.items()}
 
 
-def _with_table(report: BehaviourReport, inputs: BuildInputs) -> dict[str, Any]:
-    """A report on behaviour as JSON, which says how many requests were skipped, and how many were no new ones."""
+def _with_table(report: BehaviourReport, inputs: BuildInputs, settings: BuildSettings) -> dict[str, Any]:
+    """A report on behaviour as JSON; it says who judged, what was skipped, and how many requests were no new ones."""
     table, overlap = report.table(), inputs.overlap
     if any(overlap.counts.values()):
         table += f"\nrequests that calibration saw: {overlap.text()}, which was allowed"
     return report.to_json() | {
         "held_out": inputs.held_out_counts,
         "overlap": overlap.counts,
+        "judge": settings.judge.identity(),
         "table": table,
     }
 

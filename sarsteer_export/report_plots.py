@@ -190,7 +190,7 @@ def _axes(x_label: str, y_label: str, *, logarithmic: bool) -> Axes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if logarithmic:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
+            axes.yaxis.set_major_formatter(FuncFormatter(power_of_ten))
             axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     return axes
 
@@ -222,11 +222,15 @@ def _legend(axes: Axes) -> None:
 
 
 def _svg(axes: Axes, name: str, title: str, description: str) -> str:
+    return svg_of(cast("Figure", axes.figure), name, title, description)
+
+
+def svg_of(figure: Figure, name: str, title: str, description: str) -> str:
     """The figure as an `<svg>` element whose ids begin with `name`, so that several fit one page."""
     buffer = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with mpl.rc_context(RC):
-        cast("Figure", axes.figure).savefig(buffer, format="svg", metadata=no_metadata)
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -265,7 +269,8 @@ def _blocks(blocks: Sequence[int]) -> str:
     return f"block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
 
 
-def _power_of_ten(value: float, _position: object = None) -> str:
+def power_of_ten(value: float, _position: object = None) -> str:
+    """A tick of a log axis: 10 with its exponent, other values as they are."""
     exponent = math.log10(value)
     return (
         f"10{str(round(exponent)).translate(SUPERSCRIPTS)}" if exponent == round(exponent) else f"{value:g}"

@@ -33,6 +33,18 @@ EXPORT_FILES = frozenset(
     for data in ("", "_data")
 )
 """What an export folder holds; a bundle's manifest lists what the bundle holds."""
+RESULTS_JSON, RESULTS_MARKDOWN, RESULTS_PICTURE, OUTPUTS = (
+    "results.json",
+    "results.md",
+    "results.svg",
+    "outputs.jsonl",
+)
+RESULT_FILES = frozenset((RESULTS_JSON, RESULTS_MARKDOWN, RESULTS_PICTURE, OUTPUTS))
+"""What a folder of results holds."""
+SWEEP_JSON, SWEEP_MARKDOWN, SWEEP_PICTURE = "sweep.json", "sweep.md", "sweep.svg"
+SWEEP_STATISTICS, SWEEP_PLAN = "statistics.safetensors", "plan.safetensors"
+SWEEP_FILES = frozenset((SWEEP_JSON, SWEEP_MARKDOWN, SWEEP_PICTURE, SWEEP_STATISTICS, SWEEP_PLAN))
+"""What the folder of a sweep holds."""
 FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
 
 
@@ -46,7 +58,8 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
         raise InputError(f"{target}: exists; use --overwrite to replace it, or name another output")
     if target.is_dir() and (foreign := foreign_file(target)) is not None:
         raise InputError(
-            f"{target}: holds {foreign}, which no bundle or export of ours has; it is not replaced, remove it yourself"
+            f"{target}: holds {foreign}, which no bundle, export, results or sweep of ours have; it is not replaced, "
+            "remove it yourself"
         )
     parent = nearest_folder(target)
     if not parent.is_dir():
@@ -157,8 +170,8 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def foreign_file(folder: Path) -> str | None:
-    """The first file in a folder that neither a bundle's manifest lists nor an export has, if there is one."""
-    known = set(EXPORT_FILES)
+    """The first file in a folder that is of no bundle's manifest, export, results or sweep, if there is one."""
+    known = set(EXPORT_FILES | RESULT_FILES | SWEEP_FILES)
     with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("format") == FORMAT:

@@ -21,14 +21,18 @@ DOCUMENTS = [
     "docs/adapters.md",
     "docs/audit.md",
     "docs/bundle.md",
+    "docs/calibration.md",
     "docs/data.md",
     "docs/decoders.md",
     "docs/engines.md",
+    "docs/evaluate.md",
     "docs/gpu.md",
     "docs/inspect.md",
     "docs/interchange.md",
     "docs/parity.md",
     "docs/plan.md",
+    "docs/results.md",
+    "docs/sweep.md",
     "examples/pocket_lalm/README.md",
 ]
 

@@ -31,3 +31,5 @@ def test_the_wheel_holds_the_packages_and_the_command(tmp_path: Path) -> None:
         path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")
     }
     assert shipped == {name for name in modules if name.endswith(".py")}
+    texts = {f"sarsteer_export/judges/{name}.txt" for name in ("judge_prompt", "refusal_phrases")}
+    assert texts == {name for name in modules if name.endswith(".txt")}

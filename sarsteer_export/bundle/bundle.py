@@ -118,6 +118,23 @@ class Bundle:
         """Whether the unsteered decoder can be run too: the bundle holds it, and engines are steered only."""
         return self._backend.runtime is Runtime.ONNX_RUNTIME and (self.path / UNSTEERED_DECODER).is_file()
 
+    def check_has_unsteered(self) -> None:
+        """Raise `InputError` when the unsteered decoder cannot be run."""
+        if self._backend.runtime is Runtime.TENSORRT:
+            raise InputError(
+                f"{self.path}: its {self._backend.name} engine is the steered decoder; the unsteered one runs on "
+                f"{CPU_BACKEND.name}"
+            )
+        if not self.has_unsteered:
+            raise InputError(
+                f"{self.path}: the bundle holds no unsteered decoder; build it with --keep-unsteered"
+            )
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the bundle's graphs."""
+        return self._backend
+
     def generate(self, audio: Clip, text: str, *, max_new_tokens: int = 128, steering: bool = True) -> str:
         """Answer one request greedily.
 
@@ -177,13 +194,34 @@ class Bundle:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         ends = set(self.manifest.tokens["end"])
-        decoder = self._decoder(steering=steering)
+        done = np.zeros(len(texts), dtype=bool)
+        decoder = self.decoder(steering=steering)
+        for tokens_B in self.decoded(clips, texts, decoder=decoder, choose=greedy, steps=max_new_tokens):
+            done |= np.isin(tokens_B, list(ends))
+            if done.all():
+                return
+            yield [None if ended else int(token) for ended, token in zip(done, tokens_B, strict=True)]
+
+    def decoded(
+        self,
+        clips: Sequence[Clip],
+        texts: Sequence[str],
+        *,
+        decoder: DecoderRunner,
+        choose: Callable[[NDArray[Any]], NDArray[np.int64]],
+        steps: int,
+    ) -> Iterator[NDArray[np.int64]]:
+        """Step by step the tokens (B,) that `choose` makes of the logits (B, V); each is decoded in the next step.
+
+        `decoder`: the bundle's own, see `decoder`, or one of the same interface. A bundle answers one request (or
+        batch) at a time: when another is started before this one has ended, the next step of this one raises
+        `RuntimeError`.
+        """
         prompts = self.prompts(clips, texts)
         content, mask = prompts.content, prompts.mask
-        done = np.zeros(len(texts), dtype=bool)
         decoder.reset()
         self._latest = ours = object()
-        for _ in range(max_new_tokens):
+        for step in range(steps):
             if self._latest is not ours:
                 raise RuntimeError(
                     "another request was started on this bundle before this answer ended; finish one stream "
@@ -191,13 +229,11 @@ class Bundle:
                 )
             positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -content[EMBEDS].shape[1] :]
             outputs = decoder.step({**content, "attention_mask": mask, "position_ids": positions})
-            tokens = outputs["logits"][:, -1].argmax(axis=-1)
-            done |= np.isin(tokens, list(ends))
-            if done.all():
-                return
-            yield [None if ended else int(token) for ended, token in zip(done, tokens, strict=True)]
-            content = self._embed(tokens[:, None])
-            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+            tokens_B = choose(outputs["logits"][:, -1])
+            yield tokens_B
+            if step + 1 < steps:
+                content = self._embed(tokens_B[:, None])
+                mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
 
     def prompts(self, clips: Sequence[Clip], texts: Sequence[str]) -> Prompts:
         """Embed and left-pad a batch of requests."""
@@ -302,20 +338,13 @@ class Bundle:
         outputs: dict[str, NDArray[Any]] = runner.run({"input_ids": ids})
         return outputs
 
-    def _decoder(self, *, steering: bool) -> DecoderRunner:
+    def decoder(self, *, steering: bool) -> DecoderRunner:
+        """The steered or the unsteered decoder, opened. Raises `InputError` when the bundle cannot run that one."""
         if steering:
             file = self._files[DECODER]
-        elif self._backend.runtime is Runtime.TENSORRT:
-            raise InputError(
-                f"{self.path}: its {self._backend.name} engine is the steered decoder; the unsteered one runs on "
-                f"{CPU_BACKEND.name}"
-            )
-        elif self.has_unsteered:
-            file = UNSTEERED_DECODER
         else:
-            raise InputError(
-                f"{self.path}: the bundle holds no unsteered decoder; build it with --keep-unsteered"
-            )
+            self.check_has_unsteered()
+            file = UNSTEERED_DECODER
         decoder: DecoderRunner = self._opened(file, self._backend, open_decoder)
         return decoder
 
@@ -323,6 +352,11 @@ class Bundle:
         if file not in self._runners:
             self._runners[file] = self._sessions.enter_context(opener(self.path / file, backend))
         return self._runners[file]
+
+
+def greedy(logits_BV: NDArray[Any]) -> NDArray[np.int64]:
+    """The most probable token (B,) of every row."""
+    return np.asarray(logits_BV.argmax(axis=-1), dtype=np.int64)
 
 
 def _left_padded(rows: Sequence[dict[str, NDArray[Any]]]) -> Prompts:

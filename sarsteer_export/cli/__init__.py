@@ -19,6 +19,8 @@ COMMANDS = {
     "build-engine": "Build TensorRT engines of an ONNX file.",
     "refit": "Swap the steering of a steered ONNX file or engine.",
     "verify": "Run parity again from a bundle and its checkpoint.",
+    "evaluate": "Measure refusals, over-refusals and damage, with intervals.",
+    "sweep": "Choose strength, rank and layers under a limit of damage.",
     "audit": "Say whether a file holds a plan, unaltered.",
     "inspect": "Show what is in a plan, an ONNX file, an engine or a bundle.",
     "run": "Answer a spoken request from a bundle.",
@@ -62,5 +64,6 @@ def main() -> None:
 
     \b
     Exit codes: 0 done; 2 wrong input or usage; 3 unsupported here; 4 no steering site
-    found; 5 engine build failed; 6 parity or audit failed; 130 interrupted.
+    found; 5 engine build failed; 6 parity or audit failed, or no setting of a sweep is
+    usable; 130 interrupted.
     """

@@ -21,11 +21,14 @@ from sarsteer_export.cli.options import (
     engine_options,
     engine_settings,
     force_option,
+    judge_options,
+    judge_settings,
     model_options,
     overflow_option,
     overlap_option,
     overwrite_option,
     parity_options,
+    resume_option,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
     "--eval-benign", type=ANY_PATH, default=None, help="Held-out benign requests to measure behaviour on."
 )
 @overlap_option
-@click.option("--answer-pattern", default=None, help="Regular expression that every real answer matches.")
+@judge_options
 @click.option(
     "--max-new-tokens", default=32, show_default=True, help="Longest answer when behaviour is measured."
 )
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
 @engine_options
 @overflow_option
 @click.option("--dry-run", is_flag=True, help="Say what would happen and what it needs; write nothing.")
+@resume_option
 @force_option
 @overwrite_option
 def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: Any) -> None:
@@ -75,7 +79,6 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         --benign examples/pocket_lalm/data/train_benign.jsonl --alpha 0.5 --rank 2
     """
     from calibration.overlap import AllowedOverlap
-    from sarsteer_export.behaviour import Judge
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.parity_run import ParitySettings
     from sarsteer_export.pipeline import build, preview
@@ -85,7 +88,7 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         calibration=calibration_settings(model, given, trust_remote_code=loading.trust_remote_code),
         loading=loading,
         parity=ParitySettings(**{name: given.pop(name) for name in ("prompts", "decode_steps", "blocks")}),
-        judge=Judge(given.pop("answer_pattern")),
+        judge=judge_settings(given),
         engine=engine_settings(given),
         allow_overlap=AllowedOverlap(given.pop("allow_overlap")),
         **given,

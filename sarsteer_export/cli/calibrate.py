@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from calibration.errors import InputError
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
 from sarsteer_export.cli.options import (
     ANY_PATH,
@@ -20,6 +21,7 @@ from sarsteer_export.cli.options import (
     device_options,
     model_options,
     overwrite_option,
+    resume_option,
 )
 from sarsteer_export.staging import check_output, staged_file
 
@@ -35,6 +37,13 @@ if TYPE_CHECKING:
 @data_options
 @calibration_options
 @device_options
+@click.option(
+    "--device-map",
+    type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
+    default=None,
+    help="Let accelerate spread the model over all devices, instead of --device.",
+)
+@resume_option
 @model_options
 @overwrite_option
 def command(
@@ -44,28 +53,54 @@ def command(
     output: Path,
     device: str,
     dtype: str,
+    device_map: str | None,
+    resume: bool,
     overwrite: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Compute the steering plan of the checkpoint directory MODEL from spoken requests.
 
+    The same command goes on with an interrupted run. Started by torchrun or accelerate launch (as
+    "torchrun --nproc-per-node 4 -m sarsteer_export calibrate ..."), all processes share the requests, and the
+    first writes the plan.
+
     \b
     Example:
       sarsteer-export calibrate models/Qwen2-Audio-7B-Instruct \\
         --harmful data/harmful.jsonl --benign data/benign.jsonl -o plan.safetensors
     """
-    from calibration.calibrate import calibrate
+    from calibration.calibrate import CalibrationRun, calibrate, unfinished_of
+    from calibration.processes import started_processes
+    from calibration.unfinished import UnfinishedFile
 
-    loading = chosen_model_options(given)
-    settings = calibration_settings(model, given, trust_remote_code=loading.trust_remote_code)
-    check_output(output, overwrite=overwrite)
-    quiet_transformers()
-    plan = calibrate(
-        model, harmful, benign, settings, device=device, dtype=dtype, loading=loading, progress=Progress()
-    )
-    with staged_file(output, overwrite=overwrite) as staged:
-        plan.save(staged)
+    with started_processes() as processes:
+        if device_map is not None and processes.count > 1:
+            raise InputError(
+                f"--device-map spreads one model over all devices; {processes.count} processes would each do so; "
+                "use --device cuda, or one process"
+            )
+        loading = chosen_model_options(given)
+        settings = calibration_settings(model, given, trust_remote_code=loading.trust_remote_code)
+        check_output(output, overwrite=overwrite)
+        quiet_transformers()
+        plan = calibrate(
+            model,
+            harmful,
+            benign,
+            settings,
+            device=device,
+            dtype=dtype,
+            loading=loading,
+            progress=Progress(),
+            run=CalibrationRun(device_map, unfinished_of(output), resume, processes),
+        )
+        if processes.first:
+            with staged_file(output, overwrite=overwrite) as staged:
+                plan.save(staged)
+            UnfinishedFile(unfinished_of(output), {}).remove()
+    if not processes.first:
+        return
     norms = {edit.layer: float(np.linalg.norm(edit.tensors()["vector"])) for edit in plan.edits}
     result = {
         "plan": str(output),

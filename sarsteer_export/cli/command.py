@@ -63,12 +63,14 @@ class Command(click.Command):
             with _signals_interrupt(context):
                 return super().invoke(context)
         except SarsteerError as error:
+            if error.silent:
+                context.exit(error.exit_code)
             if debug:
                 raise
             lines = str(error).split(DETAIL) if error.has_details else [str(error)]
             _fail(context, lines, error.exit_code)
-        except KeyboardInterrupt:
-            _fail(context, ["interrupted; nothing was written"], INTERRUPTED)
+        except KeyboardInterrupt as interrupt:
+            _fail(context, [str(interrupt) or "interrupted; nothing was written"], INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # the last resort: one message, whatever happened
@@ -80,12 +82,21 @@ class Command(click.Command):
             _fail(context, [message], exit_code)
 
 
+LINE_SECONDS = 60.0
+"""How often long work says in a log how far it is."""
+
+
 class Progress:
-    """Progress of long work on stderr: a line that is redrawn on a terminal, one line per stage elsewhere."""
+    """Progress of long work on stderr: a line that is redrawn on a terminal; elsewhere one per stage and minute.
+
+    The time left goes by what was done since the first report of a stage, which may have begun before this run.
+    """
 
     def __init__(self) -> None:
         self._stage = ""
         self._start = 0.0
+        self._first = 0
+        self._printed = time.monotonic()
         self._terminal = sys.stderr.isatty()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -94,12 +105,15 @@ class Progress:
         if context is not None and context.meta.get(SIGNALLED):
             raise KeyboardInterrupt
         if stage != self._stage:
-            self._stage, self._start = stage, time.monotonic()
-        seconds = time.monotonic() - self._start
+            self._stage, self._start, self._first = stage, time.monotonic(), done
+        now = time.monotonic()
+        seconds = now - self._start
         if self._terminal:
-            rest = f", {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
+            since = done - self._first
+            rest = f", {seconds / since * (total - done):.0f} s left" if since > 0 and done < total else ""
             click.echo(f"\r\x1b[K{stage}: {done}/{total} ({seconds:.0f} s{rest})", nl=done == total, err=True)
-        elif done == total:
+        elif done == total or now - self._printed >= LINE_SECONDS:
+            self._printed = now
             click.echo(f"{stage}: {done}/{total}", err=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
     from calibration.calibrate import CalibrationSettings
     from calibration.model_options import ModelOptions
     from sarsteer_export.engine_build import EngineSettings
+    from sarsteer_export.judges.settings import JudgeSettings
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
+
+BLOCKS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+"""A block, or the first and the last of a range."""
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 engine_option = click.option(
@@ -113,6 +118,57 @@ overlap_option = click.option(
     default=AllowedOverlap.NONE.value,
     show_default=True,
     help="What test requests may share with calibration: the same words in other clips, or all.",
+)
+judge_options = options(
+    click.option("--answer-pattern", default=None, help="Regular expression that every real answer matches."),
+    click.option(
+        "--refusal-phrases",
+        type=FILE,
+        default=None,
+        help="Phrases of refusal, one a line, instead of the shipped ones.",
+    ),
+    click.option(
+        "--judge-model",
+        type=FOLDER,
+        default=None,
+        help="Judge by a text-classification model in this directory instead of phrases.",
+    ),
+    click.option("--judge-refusal-label", default=None, help="The label that model gives refusals."),
+    click.option(
+        "--judge-url",
+        default=None,
+        metavar="http://host/v1",
+        help="Judge by a model behind an OpenAI-compatible endpoint; its key, if it needs one, is read from the "
+        "environment variable SARSTEER_JUDGE_API_KEY.",
+    ),
+    click.option("--judge-model-name", default=None, help="The name of the model at that endpoint."),
+    click.option(
+        "--judge-prompt",
+        type=FILE,
+        default=None,
+        help="What a judging model reads, with {request} and {output} where they go.",
+    ),
+    click.option(
+        "--judge-timeout",
+        default=60.0,
+        show_default=True,
+        help="Seconds one verdict of an endpoint may take.",
+    ),
+    click.option(
+        "--judge-attempts",
+        default=5,
+        show_default=True,
+        help="How often an endpoint is asked for one verdict.",
+    ),
+    click.option(
+        "--judge-concurrency", default=4, show_default=True, help="Verdicts asked of an endpoint at once."
+    ),
+)
+resume_option = click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on from where an interrupted calibration of the same inputs stopped.",
 )
 calibration_options = options(
     click.option("--alpha", default=0.1, show_default=True, help="Strength of the steering vectors."),
@@ -209,6 +265,24 @@ def engine_settings(given: dict[str, Any]) -> EngineSettings:
     return EngineSettings(**values)
 
 
+def judge_settings(given: dict[str, Any]) -> JudgeSettings:
+    """Take the values of `judge_options` out of `given`."""
+    from sarsteer_export.judges.settings import JudgeSettings
+
+    return JudgeSettings(
+        answer_pattern=given.pop("answer_pattern"),
+        refusal_phrases=given.pop("refusal_phrases"),
+        model=given.pop("judge_model"),
+        refusal_label=given.pop("judge_refusal_label"),
+        url=given.pop("judge_url"),
+        model_name=given.pop("judge_model_name"),
+        prompt=given.pop("judge_prompt"),
+        timeout_seconds=given.pop("judge_timeout"),
+        attempts=given.pop("judge_attempts"),
+        concurrency=given.pop("judge_concurrency"),
+    )
+
+
 def read_settings(given: dict[str, Any]) -> ReadSettings:
     """Take the values of `data_options` out of `given`."""
     names = ("prompt", "audio_column", "text_column", "transcript_column")
@@ -247,27 +321,33 @@ def calibration_settings(
     )
 
 
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """Block numbers from `0,4-11,-1`: single blocks, ranges with both ends, negatives from the end."""
+def parse_layers(text: str, num_layers: int, option: str = "--layers") -> tuple[int, ...]:
+    """Block numbers from `0,4-11,-8--1`: single blocks, ranges with both ends, negatives from the end."""
     layers: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            block_range = range(int(first), int(last) + 1) if dash and first else [int(part)]
-            layers += block_range
-            if not block_range:
-                raise ValueError
-        except ValueError:
-            raise InputError(
-                f"--layers: {part!r} is no block or range of blocks; write e.g. 0,4-11,-1"
-            ) from None
-    resolved = [layer + num_layers if layer < 0 else layer for layer in layers]
-    for layer, number in zip(layers, resolved, strict=True):
-        if not 0 <= number < num_layers:
-            raise InputError(f"--layers: block {layer} does not exist; the model has {num_layers} blocks")
-    if not resolved or len(set(resolved)) != len(resolved):
-        raise InputError(f"--layers: {text!r} names no block, or one twice")
-    return tuple(resolved)
+        written = BLOCKS.fullmatch(part.strip())
+        ends = [int(end) for end in written.groups() if end is not None] if written else []
+        resolved = [end + num_layers if end < 0 else end for end in ends]
+        if not resolved or resolved[-1] < resolved[0]:
+            raise InputError(f"{option}: {part!r} is no block or range of blocks; write e.g. 0,4-11,-1")
+        for end, number in zip(ends, resolved, strict=True):
+            if not 0 <= number < num_layers:
+                raise InputError(f"{option}: block {end} does not exist; the model has {num_layers} blocks")
+        layers += range(resolved[0], resolved[-1] + 1)
+    if len(set(layers)) != len(layers):
+        raise InputError(f"{option}: {text!r} names no block, or one twice")
+    return tuple(layers)
+
+
+def parse_layer_sets(text: str, model: Path, *, trust_remote_code: bool = False) -> tuple[tuple[int, ...] | None, ...]:
+    """Sets of blocks parted by semicolons, `all` being every block, which is None."""
+    parts = [part.strip() for part in text.split(";")]
+    if parts == ["all"]:
+        return (None,)
+    blocks = _num_layers(model, trust_remote_code)
+    return tuple(
+        dict.fromkeys(None if part == "all" else parse_layers(part, blocks, "--layer-sets") for part in parts)
+    )
 
 
 def _num_layers(model: Path, trust_remote_code: bool) -> int:

@@ -120,7 +120,8 @@ def test_provenance_says_how_large_the_stream_gets_with_and_without_the_plan(
             literal_state(lalm, request, suffix)
     np.testing.assert_allclose(largest["steered"], record.largest_L(), rtol=1e-5, atol=0)
     assert max(np.divide(largest["steered"], largest["unsteered"])) > 2
-    assert seen[-3:] == [("steered", 4, 11), ("steered", 8, 11), ("steered", 11, 11)]
+    expected = [("harmful", 2, 6), ("harmful", 6, 6), ("benign", 4, 5), ("benign", 5, 5)]
+    assert seen == [*expected, *(("steered", done, 11) for done in (2, 6, 10, 11))]
 
 
 def test_a_stream_that_overflows_is_refused_before_anything_is_computed_from_it(

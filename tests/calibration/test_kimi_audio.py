@@ -68,6 +68,14 @@ def test_both_streams_and_the_clips_features_are_merged_in_front(lalm: Lalm, cli
         assert not inputs["inputs_embeds"][row, :-length].any()
 
 
+def test_a_token_that_was_written_stands_beside_silence(lalm: Lalm) -> None:
+    ids = torch.arange(20, 40)[None]
+    blank = torch.full_like(ids, lalm.adapter.pad_token_id)
+    with torch.no_grad():
+        expected = lalm.model.model.merged(blank, ids, None, None)
+        torch.testing.assert_close(lalm.adapter.embed_tokens(ids), expected, rtol=0, atol=0)
+
+
 def test_states_of_a_batch_are_those_of_its_rows_alone(lalm: Lalm, clips: list[np.ndarray]) -> None:
     together_BLD = last_position_states(lalm, TEXTS, clips)
     alone_BLD = np.stack(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from calibration.decoder_parts import DecoderParts
 from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, encode_requests, load_lalm
 from calibration.plan import Add, Edit, Positions, Project, Site, SteeringPlan
@@ -452,3 +453,25 @@ def test_plans_nest(lalm: Lalm) -> None:
         together = prefill(lalm, mask)
     for one, other in zip(nested, together, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+class TupleCached(torch.nn.Module):
+    """A decoder whose cache is a tuple of keys and values per block, as code outside of transformers keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.norm, self.head = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()
+
+    def forward(self, *, inputs_embeds: torch.Tensor, past_key_values: object = None) -> torch.Tensor:
+        return self.norm(self.block(inputs_embeds))
+
+
+def test_tokens_are_counted_behind_a_cache_of_tuples() -> None:
+    model = TupleCached()
+    parts = DecoderParts(model, (model.block,), model.norm, model.head, hidden_size=2)
+    edit = Add(0, np.ones(2, dtype=np.float32), positions=Positions.range(3, 4))
+    keys = torch.zeros(1, 1, 3, 2)
+    with steered(parts, SteeringPlan(2, 1, [edit])):
+        assert not model(inputs_embeds=torch.zeros(1, 3, 2)).any()
+        fourth = model(inputs_embeds=torch.zeros(1, 1, 2), past_key_values=((keys, keys),))
+        np.testing.assert_array_equal(fourth, np.ones((1, 1, 2)))

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from calibration.checkpoint import fingerprint
 from calibration.lalm import load_lalm
+from calibration.plan import SteeringPlan
 from calibration.requests import read_requests
 from sarsteer_export.behaviour import eager_answers
+from tests.sarsteer_export.command_line import answered_json, sarsteer
 
 POCKET = Path(__file__).parents[2] / "examples" / "pocket_lalm"
 SPLITS = ("train", "validation", "test")
 KINDS = ("harmful", "benign")
+FOUR = ("train_harmful", "train_benign", "validation_harmful", "validation_benign")
 MEGABYTE = 1_000_000
 
 
@@ -74,3 +78,33 @@ def test_the_checkpoint_shows_the_gap() -> None:
         tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     assert answer == "I cannot assist with that."
+
+
+def test_the_shipped_sweep_is_of_this_checkpoint_and_chose_what_is_built() -> None:
+    found = json.loads((POCKET / "sweep" / "sweep.json").read_text(encoding="utf-8"))
+    chosen = found["chosen"]
+    plan = SteeringPlan.load(POCKET / "sweep" / "plan.safetensors")
+    assert plan.digest() == chosen["plan"]
+    assert found["inputs"]["model_fingerprint"] == fingerprint(POCKET / "model")
+    built = (POCKET / "build.toml").read_text(encoding="utf-8").splitlines()
+    assert [f"{name} = {chosen[name]}" in built for name in ("alpha", "lambda", "rank")] == [True] * 3
+    card = (POCKET / "README.md").read_text(encoding="utf-8")
+    page = (POCKET / "sweep" / "sweep.md").read_text(encoding="utf-8")
+    runs, alphas = (line for line in page.split("\n\n") if line.startswith(("| line |", "| alpha |")))
+    assert runs in card
+    assert alphas in card
+
+
+def test_a_small_sweep_finds_the_shipped_setting(tmp_path: Path) -> None:
+    data = {name: POCKET / "data" / f"{name}.jsonl" for name in FOUR}
+    config, grid = (
+        POCKET / "sweep.toml",
+        ("--alphas", "0.3,0.39,0.56", "--ranks", "2,5", "--eval-limit", "10"),
+    )
+    sets = ("--harmful", data[FOUR[0]], "--benign", data[FOUR[1]])
+    held_out = ("--eval-harmful", data[FOUR[2]], "--eval-benign", data[FOUR[3]])
+    call = ("sweep", POCKET / "model", "--config", config, *sets, *held_out, *grid)
+    chosen = answered_json(sarsteer(*call, "-o", tmp_path / "sweep", "--json"))["chosen"]
+    assert (chosen["rank"], chosen["lambda"], chosen["alpha"]) == (5, 1.0, 0.39)
+    assert chosen["figures"]["attack_success"]["value"] == 0.0
+    assert chosen["figures"]["benign_answered"]["value"] == 1.0

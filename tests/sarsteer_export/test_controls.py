@@ -14,8 +14,9 @@ from engines.report import Verdict
 from graph_passes.onnx_file import write_graph
 from graph_passes.patch import patch_model
 from sarsteer_export.around_decoder import AroundDecoder
-from sarsteer_export.controls import wrong_plans
+from sarsteer_export.controls import random_control, wrong_plans
 from sarsteer_export.parity_run import ParityRun, ParitySettings
+from tests.conftest import plan_of, random_basis, random_vector
 from tests.sarsteer_export.conftest import Inputs
 
 WIDTH, LAYERS = 64, 3
@@ -97,3 +98,40 @@ def test_every_row_is_padded_even_in_a_batch_of_one(lalm: Lalm, inputs: Inputs, 
     assert right.steps[0]["attention_mask"][0, -3:].tolist() == [0, 0, 0]
     for script in (left, right):
         assert script.steps[0]["attention_mask"].sum() == script.steps[0]["attention_mask"].shape[1] - 3
+
+
+def test_random_controls_have_the_norms_of_the_plan_and_other_directions() -> None:
+    edits = (Add(0, random_vector(16, seed=1, scale=3.0), 0.7), Add(2, random_vector(16, seed=2)))
+    plan = plan_of(*edits, width=16)
+    one, two, other = (random_control(plan, seed) for seed in (0, 0, 1))
+    assert one == two != other
+    for edit, control in zip(plan.edits, one.edits, strict=True):
+        assert (control.layer, control.site, control.positions, control.strength) == (
+            edit.layer,
+            edit.site,
+            edit.positions,
+            edit.strength,
+        )
+        wanted, found = edit.tensors()["vector"], control.tensors()["vector"]
+        assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(wanted), rel=1e-6)  # float32
+        assert abs(wanted @ found) < 0.9 * np.linalg.norm(wanted) ** 2
+    first, second = (
+        edit.tensors()["vector"] / np.linalg.norm(edit.tensors()["vector"]) for edit in one.edits
+    )
+    assert abs(first @ second) < 0.9
+
+
+def test_random_controls_of_projections_keep_rank_and_mean() -> None:
+    mean = random_vector(16, seed=3)
+    plan = plan_of(Project(1, random_basis(16, 4, seed=1), mean, 0.5), width=16)
+    (control,) = random_control(plan, 0).edits
+    assert isinstance(control, Project)
+    assert control.basis.shape == (16, 4)
+    np.testing.assert_allclose(control.basis.T @ control.basis, np.eye(4), atol=1e-6)  # float32
+    np.testing.assert_array_equal(control.mean, mean)
+    assert np.linalg.norm(control.basis.T @ plan.edits[0].tensors()["basis"]) < 1.9  # 2 were the same space
+
+
+def test_a_vector_of_zeros_stays_one() -> None:
+    plan = plan_of(Add(0, np.zeros(16, dtype=np.float32)), width=16)
+    assert not random_control(plan, 0).edits[0].tensors()["vector"].any()

@@ -14,7 +14,7 @@ from click.testing import Result
 
 import engines.limits
 from calibration.plan import Positions, SteeringPlan
-from sarsteer_export import load_bundle
+from sarsteer_export import JudgeSettings, load_bundle
 from sarsteer_export.bundle.manifest import (
     AUDIO_ENCODER,
     BEHAVIOUR_REPORT,
@@ -125,6 +125,7 @@ def test_a_build_measures_behaviour_when_it_is_given_requests(
     assert report["overlap"] == {"clips": 11, "transcripts": 0}
     assert overlap == "requests that calibration saw: 11 by clip, 0 by transcript, which was allowed"
     assert report["rows"] == behaviour["rows"]
+    assert report["judge"] == JudgeSettings().identity()
 
 
 def test_a_second_build_with_the_same_inputs_does_nothing(bundle_path: Path, inputs: Inputs) -> None:
@@ -386,3 +387,21 @@ def test_no_room_on_the_disk_is_seen_before_any_work(
     given = ("build", inputs.model, *inputs.data, "-o", tmp_path / "bundle")
     refused(sarsteer(*given), "free")
     assert listing(tmp_path) == {}
+
+
+def test_a_build_takes_every_judge_and_refuses_one_that_cannot_judge(
+    inputs: Inputs, bundle_path: Path, tmp_path: Path
+) -> None:
+    phrases = tmp_path / "phrases.txt"
+    phrases.write_text("# none\n", encoding="utf-8")
+    out = ("-o", tmp_path / "bundle")
+    refused(sarsteer(*inputs.build, *out, "--refusal-phrases", phrases), "holds no phrase")
+    refused(sarsteer(*inputs.build, *out, "--judge-model", inputs.model), "--judge-refusal-label")
+    gone = ("--judge-url", "http://127.0.0.1:9/v1", "--judge-model-name", "m", "--judge-attempts", "1")
+    refused(sarsteer(*inputs.build, *out, *gone), "could not be reached", code=3)
+    assert not (tmp_path / "bundle").exists()
+    phrases.write_text("never\n", encoding="utf-8")
+    result = sarsteer(
+        *inputs.build, "-o", bundle_path, "--overwrite", "--dry-run", "--refusal-phrases", phrases
+    )
+    assert "verify     run" in answered(result)  # another judge, other verdicts

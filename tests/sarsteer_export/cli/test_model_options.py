@@ -110,7 +110,7 @@ def test_an_adapter_that_is_not_there_is_one_error(
 
 
 def test_help_says_that_adapters_and_remote_code_are_run() -> None:
-    for command in ("calibrate", "export", "build", "verify"):
+    for command in ("calibrate", "export", "build", "verify", "evaluate"):
         shown = " ".join(sarsteer(command, "--help").stdout.split())
         assert "--decoder MODULE" in shown
         assert "It is run as code." in shown

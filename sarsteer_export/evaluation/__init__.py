@@ -1,0 +1,1 @@
+"""Evaluation: what undefended, steered and randomly steered models say, on eager PyTorch and on engines."""

@@ -1,0 +1,332 @@
+"""The fewest passes give what the plain loop gives, hear every clip once, and fall back where they must."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calibration import continuation, prompt_passes
+from calibration.audio_once import (
+    encoder_outputs_recorded,
+    encoder_outputs_replayed,
+    features_extracted_once,
+)
+from calibration.calibrate import REFUSAL_PROMPT, CalibrationSettings, calibrate
+from calibration.collection import Collecting, Collection
+from calibration.continuation import CannotContinueError, Prompts, common_length, fork
+from calibration.directions import SteeringSettings
+from calibration.kept_prompts import KeptStore
+from calibration.lalm import Lalm, encode_requests, load_lalm
+from calibration.magnitudes import recorded_magnitudes
+from calibration.prompt_passes import PromptPasses
+from calibration.requests import load_audio, read_requests
+from calibration.trimmed_encoder import trimmed
+from tests import tiny_lalm
+from tests.calibration.test_calibrate import literal_state
+
+POCKET = Path(__file__).parents[2] / "examples" / "pocket_lalm"
+ATOL = 2e-6
+"""Batching, padding and cached prefixes reorder float32 sums: measured at most 1e-6 on states of size 4."""
+Pair = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+def encoded(lalm: Lalm, path: Path, *, count: int = 6) -> Pair:
+    """Prompts of unequal length, without and with a suffix of its own for each."""
+    requests = read_requests(path)[:count]
+    clips = [load_audio(request.audio, sampling_rate=lalm.sampling_rate) for request in requests]
+    texts = [f"{request.text}{' again' * row}" for row, request in enumerate(requests)]
+    return (
+        encode_requests(lalm, texts, clips),
+        encode_requests(lalm, [text + REFUSAL_PROMPT for text in texts], clips),
+    )
+
+
+def whole_states(lalm: Lalm, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+    """Last-position block outputs (B, L, D) by one whole pass and the model's own hidden states."""
+    last: list[torch.Tensor] = []
+    handle = lalm.parts.final_norm.register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    with torch.inference_mode():
+        hidden = lalm.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    handle.remove()
+    return np.stack([layer[:, -1].numpy() for layer in (*hidden[1:-1], last[0])], axis=1)
+
+
+@contextmanager
+def encoder_rows(lalm: Lalm) -> Iterator[list[int]]:
+    """Within the block, the list grows by the clips of each computation inside the audio encoder."""
+    rows: list[int] = []
+    parts = lalm.adapter.audio_parts
+    assert parts is not None
+    first: Any = parts.encoder.layers[0]
+    handle = first.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    yield rows
+    handle.remove()
+
+
+@contextmanager
+def passes_of(lalm: Lalm) -> Iterator[PromptPasses]:
+    with recorded_magnitudes(lalm.parts) as record:
+        passes = PromptPasses(lalm, record)
+        with passes.prepared():
+            yield passes
+
+
+def test_pairs_and_single_prompts_have_the_states_of_whole_passes(lalm: Lalm, harmful_requests: Path) -> None:
+    inputs, longer = encoded(lalm, harmful_requests)
+    with encoder_rows(lalm) as rows, passes_of(lalm) as passes:
+        prompt, refused_BLD = passes.pair(inputs, longer)
+        single = passes.single(inputs)
+        assert passes.obstacle is None
+    assert rows == [6, 6]  # once for the pair, comparison included, and once for the single prompts
+    for got_BLD, wanted in ((prompt.states_BLD, inputs), (refused_BLD, longer), (single.states_BLD, inputs)):
+        np.testing.assert_allclose(got_BLD, whole_states(lalm, wanted), rtol=0, atol=ATOL)
+    assert float((refused_BLD - prompt.states_BLD).abs().max()) > 1000 * ATOL
+
+
+def test_what_all_prompts_begin_with_is_run_once(lalm: Lalm, harmful_requests: Path) -> None:
+    inputs, longer = encoded(lalm, harmful_requests)
+    seen: list[tuple[int, int]] = []
+    with passes_of(lalm) as passes:
+        passes.pair(inputs, longer)
+        handle = lalm.parts.blocks[0].register_forward_pre_hook(
+            lambda _, args: seen.append(tuple(args[0].shape[:2]))
+        )
+        passes.pair(inputs, longer)
+        passes.single(inputs)
+        handle.remove()
+    columns = inputs["input_ids"].shape[1]
+    head = int((inputs["input_ids"][0] == lalm.adapter.audio_token_id).nonzero()[0])
+    head -= int((inputs["attention_mask"][0] == 0).sum())
+    assert head >= 3
+    added = longer["input_ids"].shape[1] - columns
+    (prompt, continued, single) = seen
+    assert prompt == single == (6, columns - head)
+    assert (
+        0 < continued[1] - added < 20
+    )  # what is behind the text: the end of the turn and the next one's beginning
+
+
+BROKEN = {
+    "the hole is attended to": ("up_to", lambda past, _: continuation.Past(fork(past.cache), past.mask_BP)),
+    "the cache ends a token early": (
+        "up_to",
+        lambda past, lengths, right=continuation.up_to: right(past, [n - 1 for n in lengths]),
+    ),
+    "a model's own code fails": ("rest_of", lambda *_: {"no": "such input"}),
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), BROKEN.values(), ids=BROKEN)
+def test_a_continuation_that_is_wrong_is_seen_and_not_used(
+    lalm: Lalm,
+    harmful_requests: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    wrong: Any,
+) -> None:
+    monkeypatch.setattr(prompt_passes, name, wrong)
+    inputs, longer = encoded(lalm, harmful_requests)
+    with caplog.at_level(logging.WARNING, logger="calibration"), passes_of(lalm) as passes:
+        prompt, refused_BLD = passes.pair(inputs, longer)
+        passes.pair(inputs, longer)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("every prompt is run in full: ")
+    np.testing.assert_allclose(prompt.states_BLD, whole_states(lalm, inputs), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(refused_BLD, whole_states(lalm, longer), rtol=0, atol=ATOL)
+
+
+def text_first(lalm: Lalm) -> Lalm:
+    """The same model with a template that puts the text before the clip."""
+    processor = copy.deepcopy(lalm.processor)
+    processor.chat_template = (
+        "{% for message in messages %}<|im_start|>{% for part in message['content'] | reverse %}"
+        "{% if part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>{% else %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}<|im_end|>{% endfor %}<|im_start|>"
+    )
+    return dataclasses.replace(lalm, processor=processor)
+
+
+def test_text_before_the_audio_is_run_in_full_and_every_clip_still_heard_once(
+    lalm: Lalm, harmful_requests: Path, benign_requests: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = text_first(lalm)
+    inputs, longer = encoded(other, harmful_requests)
+    with encoder_rows(other) as rows, caplog.at_level(logging.WARNING), passes_of(other) as passes:
+        prompt, refused_BLD = passes.pair(inputs, longer)
+    assert caplog.messages == ["every prompt is run in full: text comes before the audio in its prompts"]
+    assert rows == [6]
+    np.testing.assert_allclose(prompt.states_BLD, whole_states(other, inputs), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(refused_BLD, whole_states(other, longer), rtol=0, atol=ATOL)
+    with encoder_rows(other) as rows:
+        calibrate(other, harmful_requests, benign_requests, CalibrationSettings(SteeringSettings(rank=3)))
+    assert sum(rows) == 11
+
+
+def test_a_whole_calibration_hears_every_clip_once(
+    lalm: Lalm, harmful_requests: Path, benign_requests: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = CalibrationSettings(SteeringSettings(rank=3), batch_size=4)
+    with encoder_rows(lalm) as rows:
+        plan = calibrate(lalm, harmful_requests, benign_requests, settings)
+    assert sum(rows) == 11
+    for room in (0, 200_000):  # no room for any cache, for some: encoder outputs in a file, and in memory
+        with encoder_rows(lalm) as rows:
+            other = calibrate_in(lalm, harmful_requests, benign_requests, room)
+        assert sum(rows) == 11
+        np.testing.assert_allclose(other, plan.provenance["largest_magnitude"]["steered"], rtol=1e-5, atol=0)
+
+
+def calibrate_in(lalm: Lalm, harmful: Path, benign: Path, room: int) -> list[float]:
+    """The steered magnitudes, with that many bytes to keep what was run."""
+    from calibration.directions import steering_plan
+
+    with KeptStore.opened(room) as store:
+        requests = (read_requests(harmful), read_requests(benign))
+        collection = Collection(lalm, requests, REFUSAL_PROMPT, store, Collecting(batch_size=4))
+        statistics, _ = collection.collect()
+        return collection.steered_magnitudes(steering_plan(statistics, SteeringSettings(rank=3)))
+
+
+def test_the_pocket_lalm_is_calibrated_as_by_the_plain_loop() -> None:
+    """One request at a time, whole passes, float64 NumPy; few clips, so that it takes seconds."""
+    lalm = load_lalm(POCKET / "model")
+    files = [POCKET / "data" / f"train_{kind}.jsonl" for kind in ("harmful", "benign")]
+    plan = calibrate(lalm, *files, CalibrationSettings(SteeringSettings(rank=4), limit=6))
+    harmful, benign = (read_requests(file, limit=6) for file in files)
+    plain = np.stack([literal_state(lalm, request, "") for request in harmful])
+    refused = np.stack([literal_state(lalm, request, REFUSAL_PROMPT) for request in harmful])
+    safe = np.stack([literal_state(lalm, request, "") for request in benign])
+    for layer, edit in enumerate(plan.edits):
+        v = (refused - plain)[:, layer].mean(axis=0)
+        U = np.linalg.svd((safe[:, layer] - safe[:, layer].mean(axis=0)).T)[0][:, :4]
+        expected = v - U @ (U.T @ v)
+        got = edit.tensors()["vector"].astype(np.float64)
+        assert got @ expected / np.linalg.norm(got) / np.linalg.norm(expected) >= 0.99999
+        assert abs(np.linalg.norm(got) / np.linalg.norm(expected) - 1) <= 1e-3
+
+
+# --------------------------------------------------------------------------------------------------- the parts
+
+
+def test_how_much_rows_have_in_common() -> None:
+    assert common_length([(1, 2, 3), (1, 2), (1, 2, 4)]) == 2
+    assert common_length([(1, 2)]) == 2
+    assert common_length([(1,), (2,)]) == 0
+
+
+def prompts_like(**changed: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.tensor([[0, 5, 6], [7, 8, 9]]),
+        "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        "position_ids": torch.tensor([[0, 0, 1], [0, 1, 2]]),
+        **changed,
+    }
+
+
+def test_prompts_know_the_tokens_of_their_rows() -> None:
+    assert Prompts.of(prompts_like()).tokens == ((5, 6), (7, 8, 9))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"token_type_ids": torch.zeros(2, 3)}, "token_type_ids has a value per token"),
+        ({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, "not padded on the left"),
+    ],
+)
+def test_prompts_of_which_no_part_can_be_run_alone(changed: dict[str, torch.Tensor], reason: str) -> None:
+    with pytest.raises(CannotContinueError, match=reason):
+        Prompts.of(prompts_like(**changed))
+
+
+def test_caches_that_forget_are_not_gone_on_from(lalm: Lalm) -> None:
+    from transformers import DynamicCache, StaticCache
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    with pytest.raises(CannotContinueError, match="StaticCache as its cache"):
+        fork(StaticCache(lalm.model.config.get_text_config(), max_cache_len=8))
+    cache = DynamicCache()
+    cache.layers.append(DynamicSlidingWindowLayer(sliding_window=4))
+    with pytest.raises(CannotContinueError, match="layers of kind DynamicSlidingWindowLayer"):
+        fork(cache)
+
+
+def test_a_fork_leaves_its_cache_as_it_is(lalm: Lalm) -> None:
+    inputs = encode_requests(lalm, ["please respond."], None)
+    with torch.inference_mode():
+        cache = lalm.model(**inputs, use_cache=True).past_key_values
+        before = [layer.keys.clone() for layer in cache.layers]
+        lalm.model(input_ids=inputs["input_ids"][:, -1:], past_key_values=fork(cache), use_cache=True)
+    for layer, keys in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+
+
+def test_positions_that_depend_on_what_follows_are_seen() -> None:
+    prompts = Prompts.of(prompts_like())
+    moved = Prompts.of(prompts_like(position_ids=torch.tensor([[0, 1, 2], [0, 1, 2]])))
+    with pytest.raises(CannotContinueError, match="positions of a prompt's beginning"):
+        continuation.shared_lengths(prompts, moved, None)
+
+
+def test_encoder_outputs_are_given_out_again_and_no_more_often(lalm: Lalm, harmful_requests: Path) -> None:
+    inputs, _ = encoded(lalm, harmful_requests, count=2)
+    with torch.inference_mode():
+        with encoder_outputs_recorded(lalm) as outputs:
+            wanted = lalm.model(**inputs).logits
+        silent = inputs | {"input_features": torch.zeros_like(inputs["input_features"])}
+        with encoder_outputs_replayed(lalm, outputs):
+            assert torch.equal(lalm.model(**silent).logits, wanted)
+            with pytest.raises(RuntimeError, match="called more often"):
+                lalm.model(**silent)
+        assert not torch.equal(lalm.model(**silent).logits, wanted)
+
+
+def test_features_of_the_same_samples_are_extracted_once(lalm: Lalm, monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = lalm.processor.feature_extractor
+    calls: list[int] = []
+    extract = type(extractor).__call__
+    monkeypatch.setattr(
+        type(extractor),
+        "__call__",
+        lambda self, *args, **kwargs: calls.append(1) or extract(self, *args, **kwargs),
+    )
+    clips = [np.random.default_rng(row).standard_normal(8000).astype(np.float32) for row in range(2)]
+    wanted = encode_requests(lalm, ["a", "b"], clips)
+    with features_extracted_once(lalm):
+        for _ in range(2):
+            found = encode_requests(lalm, ["a", "b"], clips)
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert len(calls) == 2
+        encode_requests(lalm, ["a", "b"], clips[::-1])
+        assert len(calls) == 3
+    assert lalm.processor.feature_extractor is extractor
+
+
+def test_an_encoder_without_its_silence_hears_the_same(lalm: Lalm, harmful_requests: Path) -> None:
+    inputs, _ = encoded(lalm, harmful_requests)
+    parts = lalm.adapter.audio_parts
+    assert parts is not None
+    frames: list[int] = []
+    layer: Any = parts.encoder.layers[0]
+    handle = layer.fc1.register_forward_pre_hook(lambda _, args: frames.append(args[0].shape[1]))
+    with torch.inference_mode():
+        wanted = lalm.model(**inputs).logits
+        with trimmed(parts.encoder):
+            got = lalm.model(**inputs).logits
+    handle.remove()
+    attended = inputs["attention_mask"].bool()
+    np.testing.assert_allclose(got[attended], wanted[attended], rtol=0, atol=ATOL)
+    longest = int(inputs["feature_attention_mask"].sum(dim=1).max())
+    assert frames == [50 * tiny_lalm.CHUNK_SECONDS, (longest - 1) // 2 + 1]
+    assert frames[1] < frames[0]

@@ -1,0 +1,81 @@
+"""Several batches at once: results in order, weights shared, the same plan."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from calibration import workers
+from calibration.calibrate import CalibrationSettings, calibrate
+from calibration.directions import SteeringSettings
+from calibration.lalm import Lalm
+from calibration.workers import in_order, one_thread_each, sharing_weights, worker_count
+
+
+def test_results_come_in_order_and_the_first_is_done_alone() -> None:
+    both = threading.Barrier(2, timeout=30)
+    used: list[tuple[str, int]] = []
+
+    def work(worker: str, thing: int) -> int:
+        used.append((worker, thing))
+        if 0 < thing < 5:
+            both.wait()  # two at the same time, or never
+        return thing * thing
+
+    assert list(in_order(["a", "b"], range(5), work)) == [(n, n * n) for n in range(5)]
+    assert used[0] == ("a", 0)
+    assert {worker for worker, _ in used} == {"a", "b"}
+    assert list(in_order(["a"], [], work)) == []
+
+
+def test_an_error_in_a_worker_is_raised() -> None:
+    def work(worker: str, thing: int) -> int:
+        return 1 // (3 - thing)
+
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(["a", "b"], range(6), work))
+
+
+def test_a_copy_shares_weights_and_not_hooks(lalm: Lalm) -> None:
+    other = sharing_weights(lalm)
+    pairs = zip(lalm.model.parameters(), other.model.parameters(), strict=True)
+    assert all(mine is theirs for mine, theirs in pairs)
+    handle = lalm.parts.blocks[0].register_forward_hook(lambda *_: None)
+    assert not other.parts.blocks[0]._forward_hooks
+    handle.remove()
+
+
+def test_only_small_models_on_the_cpu_run_several_batches_at_once(
+    lalm: Lalm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert worker_count(lalm) == 3
+    monkeypatch.setattr(workers, "SMALL_PARAMETERS", 1000)
+    assert worker_count(lalm) == 1
+
+
+def test_threads_are_as_before() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), one_thread_each():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_the_plan_is_the_same_to_the_bit(
+    lalm: Lalm, harmful_requests: Path, benign_requests: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+    for count in (1, 3):
+        monkeypatch.setattr("calibration.collection.worker_count", lambda _, count=count: count)
+        with one_thread_each():
+            settings = CalibrationSettings(SteeringSettings(rank=2), batch_size=2)
+            plans.append(calibrate(lalm, harmful_requests, benign_requests, settings))
+    one, several = plans
+    for got, wanted in zip(several.edits, one.edits, strict=True):
+        np.testing.assert_array_equal(got.tensors()["vector"], wanted.tensors()["vector"])
+    assert several.provenance == one.provenance
