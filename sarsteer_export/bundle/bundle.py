@@ -247,7 +247,7 @@ class Bundle:
             str(clip) if isinstance(clip, (str, Path)) else f"clip {row}" for row, clip in enumerate(clips)
         ]
         heard = [(name, clip) for name, clip in zip(names, samples, strict=True) if clip is not None]
-        spoken = iter(self._encode_audio(self.frontend, heard))
+        spoken = iter(self._encode_audio(heard))
         audio_token = self.manifest.tokens["audio"]
         rows = []
         for clip, text in zip(samples, texts, strict=True):
@@ -308,15 +308,14 @@ class Bundle:
             raise InputError("the clip holds samples that are NaN or infinite")
         return np.asarray(clip, dtype=np.float32)
 
-    def _encode_audio(
-        self, frontend: Frontend, named: Sequence[tuple[str, NDArray[np.float32]]]
-    ) -> list[NDArray[np.float32]]:
+    def _encode_audio(self, named: Sequence[tuple[str, NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
         """Audio embeddings (n, D) of every clip, given with its name."""
         if not named:
             return []
         clips = [clip for _, clip in named]
         runner = self._opened(self._files[ENCODER], self._backend, open_graph)
-        features, mask = frontend.features(clips)
+        assert isinstance(self.frontend, Frontend)  # noqa: S101 - who else makes padded features
+        features, mask = self.frontend.features(clips)
         outputs = runner.run(
             {
                 "input_features": features.astype(runner.inputs[0].dtype),

@@ -126,15 +126,14 @@ class PackedAudioEncoder(nn.Module):
         packed = packing(self.tower, features, mask)
         with packed_attention(self.tower, self._attention):
             if self.projector is None:
-                output = self.tower.forward(
-                    features, feature_lens=mask.sum(-1), **packed
-                )  # without the hook of its adapter
+                # Not called, which would run the hook by which its adapter packs clips, too.
+                output = self.tower.forward(features, feature_lens=mask.sum(-1), **packed)
                 embedded: torch.Tensor = output.last_hidden_state
-                return embedded
-            told = {name: packed[name] for name in ("cu_seqlens", "max_seqlen")}
-            output = self.tower(input_features=features, input_features_mask=mask, **told)
-            embedded = self.projector(output.last_hidden_state)
-            return embedded
+            else:
+                told = {name: packed[name] for name in ("cu_seqlens", "max_seqlen")}
+                output = self.tower(input_features=features, input_features_mask=mask, **told)
+                embedded = self.projector(output.last_hidden_state)
+        return embedded
 
 
 def flat_encoder(model: PreTrainedModel) -> FlatAudioEncoder | PackedAudioEncoder:

@@ -112,11 +112,11 @@ def _pooled(after_A: torch.Tensor, valid_indices: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(
-    module: Any,
+    _module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: None,  # noqa: ARG001 - an argument by its name; windows are told instead
     *,
     scaling: float,
     cu_seq_lens_q: torch.Tensor,

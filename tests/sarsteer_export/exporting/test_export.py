@@ -16,9 +16,9 @@ from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm
 from sarsteer_export import export
 from sarsteer_export.bundle.manifest import EMBED_TOKENS
-from sarsteer_export.exporting.components import AudioEncoderComponent
+from sarsteer_export.exporting.audio_encoder import AudioEncoderComponent, flat_encoder
 from sarsteer_export.exporting.contract import cache_input_names, cache_output_names, name_embed_tokens
-from tests.sarsteer_export.command_line import listing
+from tests.sarsteer_export.command_line import answered, listing, sarsteer
 
 
 def text_model() -> Qwen2ForCausalLM:
@@ -37,6 +37,28 @@ def text_model() -> Qwen2ForCausalLM:
 def test_a_model_without_an_audio_encoder_is_not_supported() -> None:
     with pytest.raises(UnsupportedError, match="audio_tower and multi_modal_projector"):
         AudioEncoderComponent(text_model())
+    with pytest.raises(UnsupportedError, match="get_audio_features"):
+        flat_encoder(text_model())
+
+
+def test_an_audio_encoder_that_cannot_be_traced_is_left_out_and_named(
+    lalm: Lalm, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_lalm: Lalm) -> None:
+        raise UnsupportedError("the encoder levitates")
+
+    monkeypatch.setattr("sarsteer_export.exporting.export._trace_audio_encoder", fail)
+    monkeypatch.setattr("sarsteer_export.exporting.export.export_decoder", write_nothing)
+    result = export(lalm, tmp_path / "onnx")
+    assert result.missing == {"audio_encoder": "the encoder levitates"}
+    assert not result.audio_encoder.exists()
+    assert result.embed_tokens.is_file()
+    said = sarsteer("export", checkpoint, "-o", tmp_path / "again")
+    assert "audio_encoder  not exported: the encoder levitates" in answered(said)
+
+
+def write_nothing(_model: object, _path: Path, *, fingerprint: str) -> None:
+    assert len(fingerprint) == 64
 
 
 def test_a_failed_trace_is_one_message_and_leaves_nothing(
@@ -48,7 +70,7 @@ def test_a_failed_trace_is_one_message_and_leaves_nothing(
         logging.getLogger("torch").warning("noise")
         raise RuntimeError("unsupported operator aten::levitate\nand a page of hints")
 
-    monkeypatch.setattr("sarsteer_export.exporting.export.OnnxExporter.export", fail)
+    monkeypatch.setattr("sarsteer_export.exporting.tracing.OnnxExporter.export", fail)
     with pytest.raises(UnsupportedError) as error:
         export(lalm, tmp_path / "new" / "onnx")
     expected = "DecoderComponent: cannot be exported to ONNX (unsupported operator aten::levitate)"
