@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import platform
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,11 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
-HERE = str(Path(__file__).resolve().parent)
-# This folder last: the script has the name of the package that it measures.
-sys.path[:] = [place for place in sys.path if place != HERE] + [HERE]
-
 import numpy as np
 import torch
 
@@ -199,7 +193,7 @@ def table(result: dict[str, Any]) -> str:
 def main(rounds: int, limit: int, batch_size: int, threads: int | None, as_json: bool) -> None:
     """Compare the throughput of calibration with that of a plain loop, in about two minutes.
 
-    Example: python benchmarks/calibration.py --rounds 5
+    Example: python benchmarks/calibration_speed.py --rounds 5
     """
     used = threads or len(cores())
     result = {
