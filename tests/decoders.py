@@ -250,6 +250,8 @@ class Variant:
     mask: bool = True
     head: str = "all"  # or "last" (of the normed stream), "last_first" (selected before the norm), "capped"
     experts: bool = False
+    scaled: bool = False  # a block multiplies its sum by a constant, as Gemma 4
+    sharing: int = 0  # how many last blocks attend to keys and values of the one before them
     warm: bool = False  # a residual add without a matrix product before block 0
     dtype: torch.dtype = field(default=torch.float32)
 
@@ -283,12 +285,17 @@ class HandBlock(nn.Module):
         self.out = nn.Linear(HAND_WIDTH, HAND_WIDTH)
         self.up, self.down = nn.Linear(HAND_WIDTH, 24), nn.Linear(24, HAND_WIDTH)
         self.router = nn.Linear(HAND_WIDTH, 2)
+        self.register_buffer("scale", torch.tensor([0.7]))
 
-    def attention(self, x: torch.Tensor, allowed: torch.Tensor, past: Any) -> tuple[torch.Tensor, Any]:
+    def attention(
+        self, x: torch.Tensor, allowed: torch.Tensor, past: Any, shared: Any
+    ) -> tuple[torch.Tensor, Any]:
         batch, sequence, _ = x.shape
         split = (batch, sequence, HAND_HEADS, HAND_WIDTH // HAND_HEADS)
         query, key, value = (part.reshape(split).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
-        if past is not None:
+        if shared is not None:
+            key, value = shared
+        elif past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         scores = query @ key.transpose(2, 3) * 0.35
         scores = scores.masked_fill(~allowed[:, None], -1e4).softmax(-1)
@@ -299,9 +306,17 @@ class HandBlock(nn.Module):
         y = self.down(nn.functional.silu(self.up(x)))
         return y * self.router(x).softmax(-1)[..., :1] if self.variant.experts else y
 
-    def forward(self, x: torch.Tensor, allowed: torch.Tensor, past: Any) -> tuple[torch.Tensor, Any]:
+    def forward(
+        self, x: torch.Tensor, allowed: torch.Tensor, past: Any, shared: Any = None
+    ) -> tuple[torch.Tensor, Any]:
+        y, present = self.summed(x, allowed, past, shared)
+        return (y * self.scale if self.variant.scaled else y), present
+
+    def summed(
+        self, x: torch.Tensor, allowed: torch.Tensor, past: Any, shared: Any
+    ) -> tuple[torch.Tensor, Any]:
         normed = self.norms[0](x)
-        attended, present = self.attention(normed, allowed, past)
+        attended, present = self.attention(normed, allowed, past, shared)
         residual = self.variant.residual
         if residual == "parallel":
             return x + attended + self.mlp(self.norms[1](x)), present
@@ -345,7 +360,11 @@ class HandDecoder(nn.Module):
         if mask is not None:
             allowed = allowed & mask[:, None].bool()
         presents: list[torch.Tensor] = []
+        owners = HAND_LAYERS - self.variant.sharing
         for layer, block in enumerate(self.blocks):
+            if layer >= owners:
+                x, _ = block(x, allowed, None, tuple(presents[-2:]))
+                continue
             x, present = block(x, allowed, past[2 * layer : 2 * layer + 2] if past else None)
             presents += present
         if self.variant.head == "last_first":
@@ -365,9 +384,8 @@ class HandDecoder(nn.Module):
         else:
             x = torch.randn(batch, sequence, HAND_WIDTH, generator=generator).to(self.variant.dtype)
         shape = (batch, HAND_HEADS, past, HAND_WIDTH // HAND_HEADS)
-        caches = [
-            torch.randn(shape, generator=generator).to(self.variant.dtype) for _ in range(2 * HAND_LAYERS)
-        ]
+        owners = HAND_LAYERS - self.variant.sharing
+        caches = [torch.randn(shape, generator=generator).to(self.variant.dtype) for _ in range(2 * owners)]
         total = sequence + (past if self.variant.cache else 0)
         mask = torch.ones(batch, total, dtype=torch.long) if self.variant.mask else None
         return (x, mask, *(caches if self.variant.cache else []))
@@ -376,7 +394,7 @@ class HandDecoder(nn.Module):
 def hand_decoder(variant: Variant, path: Path, *, opset: int = 17) -> tuple[HandDecoder, onnx.ModelProto]:
     """A hand-written decoder and its graph by the TorchScript exporter."""
     model = HandDecoder(variant)
-    pairs = [f"{layer}.{kind}" for layer in range(HAND_LAYERS) for kind in ("key", "value")]
+    pairs = [f"{layer}.{kind}" for layer in range(HAND_LAYERS - variant.sharing) for kind in ("key", "value")]
     inputs = ["input_ids" if variant.tokens else "inputs_embeds"]
     inputs += ["attention_mask"] if variant.mask else []
     outputs = ["logits"]

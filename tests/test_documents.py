@@ -29,6 +29,7 @@ DOCUMENTS = [
     "docs/gpu.md",
     "docs/inspect.md",
     "docs/interchange.md",
+    "docs/models.md",
     "docs/parity.md",
     "docs/plan.md",
     "docs/results.md",
