@@ -284,7 +284,7 @@ def describe(
     patched: PatchResult,
     inputs: BuildInputs,
     folder: Path,
-    missing: dict[str, str],
+    missing: dict[str, str] | None = None,
 ) -> Manifest:
     """The manifest of a bundle folder, before it was proven; `missing`: what is not in it, with reasons."""
     driven = driven_by(lalm)
@@ -306,7 +306,7 @@ def describe(
             **({} if driven is None else {"driven_by": driven}),
             FRONTEND: frontend_of(lalm),
             "adapter": lalm.adapter_type.__name__,
-            "missing": missing,
+            "missing": missing or {},
         },
         tokens={
             "audio": lalm.adapter.audio_token_id,
