@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from graph_passes.attention import cache_inputs
 from graph_passes.expressions import reads_shape_only
 from graph_passes.graph_index import describe
-from graph_passes.transparent import QDQ_OPS, TRANSPARENT_OPS
+from graph_passes.transparent import QDQ_OPS, TRANSPARENT_OPS, before_scale
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -31,11 +31,17 @@ def past(graph: SteppedGraph, stream: ResidualStream, natural: str, end: str, de
     start = _same(graph, natural)
     if not start & blocked and (reader := _forward(graph, start, blocked)) is not None:
         return reader
-    return _backward(graph, _outputs_behind(graph, stream, depth), blocked)
+    return _backward(graph, _outputs_behind(graph, stream, depth), blocked | _shared(graph, stream, depth))
 
 
 def sums_between(graph: SteppedGraph, starts: Collection[str], end: str) -> set[str]:
-    """The sums on the way from tensors of the stream to a later one that leads over additions alone."""
+    """The sums on the way from tensors of the stream to a later one that leads over additions alone.
+
+    The later one may be a multiple of the last sum, by a constant.
+    """
+    sums_end = end
+    while (scaled := before_scale(graph.index, sums_end)) is not None:
+        sums_end = scaled
     ahead, stack = set(starts), list(starts)
     while stack:
         for position in graph.index.consumers[stack.pop()]:
@@ -43,7 +49,7 @@ def sums_between(graph: SteppedGraph, starts: Collection[str], end: str) -> set[
             if node.op_type in SUM_OPS and node.output[0] not in ahead:
                 ahead.add(node.output[0])
                 stack.append(node.output[0])
-    behind, stack = {end}, [end]
+    behind, stack = {end, sums_end}, [sums_end]
     while stack:
         tensor = stack.pop()
         made_by = graph.index.producer_of(tensor)
@@ -71,6 +77,21 @@ def _same(graph: SteppedGraph, tensor: str) -> set[str]:
     """The tensor under every name that it has."""
     root = graph.expressions.root(tensor)
     return graph.names.get(root, {root})
+
+
+def _shared(graph: SteppedGraph, stream: ResidualStream, depth: int) -> set[str]:
+    """Keys and values that blocks before `depth` give to the cache, where later blocks have none of their own."""
+    caches = cache_inputs(graph.index)
+    if not caches or len(caches) >= 2 * len(stream.blocks):
+        return set()
+    behind = set(_outputs_behind(graph, stream, depth))
+    outputs = [value.name for value in graph.index.graph.output]
+    given = [name for name in outputs if name not in behind and _depends(graph, name, caches)]
+    return set[str]().union(*(_same(graph, name) for name in given))
+
+
+def _depends(graph: SteppedGraph, tensor: str, inputs: Sequence[str]) -> bool:
+    return any(graph.values.get(tensor, 0) & graph.bits[name] for name in inputs)
 
 
 def _forward(graph: SteppedGraph, start: set[str], blocked: set[str]) -> str | None:
