@@ -107,6 +107,7 @@ class Collection:
         self._found = Found.nothing(len(lalm.parts.blocks))
         self._done: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
         self._counts: dict[str, int] = {}
+        self._shown: dict[str, int] = {}
 
     def begin(self, *, resume: bool = True) -> None:
         """Take up what earlier runs found, and say so; without `resume`, throw it away."""
@@ -147,6 +148,8 @@ class Collection:
         with self._kept_when_interrupted():
             self._run(self._how.processes.share(batches))
             self._found = self._how.processes.joined(self._found)
+        for stage, requests in (("harmful", self._harmful), ("benign", self._benign)):
+            self._show(stage, len(requests), len(requests))  # other processes may have ended after this one
         record = LargestMagnitudes(len(self._lalm.parts.blocks))
         record.include(self._found.largest_L, self._found.before_last_L)
         return total(self._found.parts), record.per_block(steered=False)
@@ -230,8 +233,12 @@ class Collection:
         self._counts[stage] = self._counts.get(stage, 0) + more
         processes = self._how.processes
         done = processes.finished(stage, more) if processes.count > 1 else self._counts[stage]
-        if self._how.progress is not None and processes.first:
-            self._how.progress(stage, before + done, count)
+        self._show(stage, before + done, count)
+
+    def _show(self, stage: str, done: int, count: int) -> None:
+        if self._how.progress is not None and self._how.processes.first and self._shown.get(stage) != done:
+            self._shown[stage] = done
+            self._how.progress(stage, done, count)
 
     @contextmanager
     def _kept_when_interrupted(self) -> Iterator[None]:
@@ -323,6 +330,8 @@ class Collection:
                 self._run_kept(passes, record)
                 self._run_others(passes)
             largest_L = self._how.processes.largest("steered", record.largest_L())
+            count = len(self._harmful) + len(self._benign)
+            self._show("steered", count, count)
             record.include(largest_L, largest_L)
             return record.per_block(steered=True)
 

@@ -42,9 +42,9 @@ from calibration import collection
 from calibration.prompt_passes import PromptPasses
 heard = {"pair": 0, "single": 0}
 for name in heard:
-    def counted(self, *inputs, name=name, run=getattr(PromptPasses, name)):
+    def counted(self, *inputs, name=name, run=getattr(PromptPasses, name), **options):
         heard[name] += len(inputs[0]["input_ids"])
-        return run(self, *inputs)
+        return run(self, *inputs, **options)
     setattr(PromptPasses, name, counted)
 from sarsteer_export.cli import main
 try:
