@@ -56,5 +56,4 @@ def command(
     }
     lines = [f"{name:14} {path}" for name, path in written.items()]
     lines += [f"{name:14} not exported: {reason}" for name, reason in components.missing.items()]
-    missing = {"missing": components.missing} if components.missing else {}
-    emit({**written, **missing}, "\n".join(lines), as_json=as_json)
+    emit({**written, "missing": components.missing}, "\n".join(lines), as_json=as_json)
