@@ -44,10 +44,14 @@ format: $(STAMP)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Measure what steering costs at run time, when a graph is patched, and when an engine is built
+bench: $(STAMP)  ## Measure what steering costs, patching, building an engine, and how fast calibration is
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/patch_scale.py
 	$(BIN)/python benchmarks/engine_build.py
+	$(BIN)/python benchmarks/calibration_speed.py
+
+models: $(STAMP)  ## Build a tiny checkpoint of every family of models; write the table of docs/models.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.catalogue
 
 results: $(STAMP)  ## Measure the pocket LALM undefended, steered and at random; write docs/results.md and the README's table
 	$(BIN)/python $(POCKET)/results.py

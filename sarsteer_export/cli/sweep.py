@@ -114,7 +114,8 @@ def command(model: Path, output: Path, overwrite: bool, restart: bool, as_json: 
     """Choose alpha, lambda, rank and layers for the checkpoint directory MODEL under a limit of damage.
 
     Every setting is calibrated on one pair of sets and measured on another. On every line of one lambda, rank and
-    set of layers the widest run of usable alphas is found; chosen is the middle of the widest of all. The folder
+    set of layers the widest run of usable alphas is found; chosen is the middle of the widest
+    of those that ablate, or with --candidates all of all. The folder
     holds all figures, a picture, and the chosen plan; where no setting is usable it holds no plan, and the exit code
     is 6. An interrupted sweep is gone on from by the same command.
 
