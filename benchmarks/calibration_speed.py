@@ -82,10 +82,11 @@ def plain_loop(lalm: Lalm, data: Data) -> NDArray[np.float32]:
     refused = np.stack([states(request, REFUSAL) for request in data.harmful])
     benign = np.stack([states(request, "") for request in data.benign])
     vectors = []
+    rank = min(RANK, len(benign) - 1)  # what centred states span
     for layer in range(harmful.shape[1]):
         direction = (refused[:, layer] - harmful[:, layer]).mean(axis=0)
         safe = benign[:, layer] - benign[:, layer].mean(axis=0)
-        basis = np.linalg.svd(safe.T, full_matrices=False)[0][:, :RANK]
+        basis = np.linalg.svd(safe.T, full_matrices=False)[0][:, :rank]
         vectors.append(direction - ABLATION * basis @ (basis.T @ direction))
     return np.stack(vectors)
 
