@@ -10,7 +10,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -170,7 +169,7 @@ class Collection:
 
     def _batches_run(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, _Done]]:
         """What comes of each batch, in order; several are run at once where that is faster."""
-        verdict = Verdict()
+        verdict = Verdict()  # every process and every run, resumed or not, compares anew
         with ExitStack() as stack:
             models = [self._lalm]
             count = min(worker_count(self._lalm), len(batches))
@@ -184,21 +183,17 @@ class Collection:
                 stack.enter_context(runner.passes.prepared())
                 runners.append(runner)
             if count > 1:
-                for batch, done in in_order(runners, batches, partial(self._alone, first=batches[0])):
-                    # Begun before the first pairs were compared, which is known by now.
-                    stale = done.prompts.past is not None and verdict.obstacle is not None
-                    yield batch, self._alone(runners[0], batch, first=None) if stale else done
+                # The first one alone: it tells whether the others may be run on from a cache.
+                yield batches[0], self._alone(runners[0], batches[0])
+                yield from in_order(runners, batches[1:], self._alone)
             else:
                 for batch, encoded in self._encoded(batches):
                     yield batch, self._pass(runners[0], encoded)
 
-    def _alone(self, runner: _Runner, batch: Batch, first: Batch | None) -> _Done:
-        """Encode and run a batch; only on the first pairs is it compared with whole passes."""
-        return self._pass(runner, self._encode(runner.lalm, batch), compare=batch is first)
+    def _alone(self, runner: _Runner, batch: Batch) -> _Done:
+        return self._pass(runner, self._encode(runner.lalm, batch))
 
-    def _pass(
-        self, runner: _Runner, encoded: tuple[Inputs, Inputs | None], *, compare: bool | None = None
-    ) -> _Done:
+    def _pass(self, runner: _Runner, encoded: tuple[Inputs, Inputs | None]) -> _Done:
         inputs, longer = encoded
         record = runner.record
         if longer is None:
@@ -208,7 +203,7 @@ class Collection:
             check_finite("benign", states_BLD)
             statistics = StateStatistics.of_benign(states_BLD)
         else:
-            prompts, refused_BLD = runner.passes.pair(inputs, longer, compare=compare)
+            prompts, refused_BLD = runner.passes.pair(inputs, longer)
             record.per_block(steered=False)
             for name, states in (("harmful", prompts.states_BLD), ("refused", refused_BLD)):
                 check_finite(name, states.numpy())

@@ -76,6 +76,16 @@ class LargestMagnitudes:
         finally:
             self._measured, self._seen = previous, None
 
+    @contextmanager
+    def forgotten_on_error(self) -> Iterator[None]:
+        """What is measured within the block counts only if the block ends without an exception."""
+        before = list(self._largest), list(self._before_last)
+        try:
+            yield
+        except BaseException:
+            self._largest, self._before_last = before
+            raise
+
     def largest_L(self) -> NDArray[np.float32]:  # noqa: N802 - carries its dimension
         """The magnitudes (L,) as they are: 0 before the first pass, NaN or infinite where the stream is."""
         return np.array([float(largest) for largest in self._largest], dtype=np.float32)

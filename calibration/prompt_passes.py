@@ -1,7 +1,7 @@
 """The fewest forward passes that give the last-position states of prompts, with and without the refusal text.
 
 What all prompts begin with is run once; every clip is heard once; the refusal text is run on from the KV cache of its
-prompt. Whether a model allows that is seen twice: by rules (`calibration/continuation.py`) and, on the first pairs, by
+prompt. Whether a model allows that is seen twice: by rules (`calibration/continuation.py`) and, on the first batch, by
 comparing with whole passes. A model that does not is run in full, and the log says why.
 
 Dimensions: B batch, L decoder blocks, D width.
@@ -50,6 +50,8 @@ and measured against a change that may be a tenth of the state. What is wrong, n
 """
 ROUNDINGS = 2
 """And this many roundings of the state itself, for blocks in which the refusal text changes little."""
+LEAST_CHANGE = 0.1
+"""What the refusal text is taken to change, in parts of the state, where prompts are run without it."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,14 @@ class PromptPass:
 
 @dataclass
 class Verdict:
-    """Whether prompts can be run on from a cache: why not, or that it was seen to give what whole passes give."""
+    """Whether prompts can be run on from a cache: why not, or what of it was seen to give what whole passes give.
+
+    `prompts`: going on from what all begin with. `pairs`: that, and going on with the refusal text.
+    """
 
     obstacle: str | None = None
-    checked: bool = False
+    prompts: bool = False
+    pairs: bool = False
 
 
 class PromptPasses:
@@ -102,36 +108,25 @@ class PromptPasses:
             yield
 
     def single(self, inputs: Inputs) -> PromptPass:
-        """Run prompts that nothing is added to."""
-        if self._verdict.obstacle is None:
-            try:
-                return self._from_head(Prompts.of(inputs))
-            except CannotContinueError as reason:
-                self._give_up(str(reason))
+        """Run prompts that nothing is added to; the first ones in full, too, where no pairs came before them."""
+        with self._falling_back(checked=self._verdict.prompts):
+            if self._verdict.obstacle is None:
+                prompt = self._from_head(Prompts.of(inputs))
+                if not self._verdict.prompts:
+                    self._compare_prompts(prompt, inputs)
+                    self._verdict.prompts = True
+                return prompt
         return self._whole(inputs, Measured.PROMPT)
 
-    def pair(
-        self, inputs: Inputs, longer: Inputs, *, compare: bool | None = None
-    ) -> tuple[PromptPass, torch.Tensor]:
-        """Run prompts, and the same with the refusal text: their states (B, L, D).
-
-        With `compare` they are run in full, too; by default the first ones are.
-        """
-        if self._verdict.obstacle is None:
-            try:
+    def pair(self, inputs: Inputs, longer: Inputs) -> tuple[PromptPass, torch.Tensor]:
+        """Run prompts, and the same with the refusal text: their states (B, L, D). The first ones in full, too."""
+        with self._falling_back(checked=self._verdict.pairs):
+            if self._verdict.obstacle is None:
                 found = self._continued(inputs, longer)
-                if not self._verdict.checked if compare is None else compare:
-                    self._compare(found, inputs, longer)
-                    self._verdict.checked = True
+                if not self._verdict.pairs:
+                    self._compare_pairs(found, inputs, longer)
+                    self._verdict.prompts = self._verdict.pairs = True
                 return found
-            except CannotContinueError as reason:
-                self._give_up(str(reason))
-            except (SarsteerError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # a model's own code refuses part of a prompt as it likes
-                if self._verdict.checked:
-                    raise
-                self._give_up(f"{type(error).__name__}: {error}")
         prompt = self._whole(inputs, Measured.PROMPT)
         with encoder_outputs_replayed(self._lalm, prompt.audio):
             refused = self._whole(longer, Measured.REFUSED)
@@ -145,6 +140,24 @@ class PromptPasses:
     def whole(self, inputs: Inputs) -> None:
         """Run prompts in full, clips included; for the measurements alone."""
         self._whole(inputs, Measured.PROMPT)
+
+    @contextmanager
+    def _falling_back(self, *, checked: bool) -> Iterator[None]:
+        """Give up on caches, and go on behind the block, where what it runs cannot be gone on from or is wrong.
+
+        What was measured of it is forgotten. A model that was `checked` may fail only by the rules.
+        """
+        try:
+            with self._record.forgotten_on_error():
+                yield
+        except CannotContinueError as reason:
+            self._give_up(str(reason))
+        except (SarsteerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a model's own code refuses part of a prompt as it likes
+            if checked:
+                raise
+            self._give_up(f"{type(error).__name__}: {error}")
 
     def _give_up(self, reason: str) -> None:
         self._verdict.obstacle = " ".join(reason.split())
@@ -169,25 +182,27 @@ class PromptPasses:
         refused_BLD, _ = self._run(rest, Measured.REFUSED, cached=True)
         return prompt, refused_BLD
 
-    def _compare(self, found: tuple[PromptPass, torch.Tensor], inputs: Inputs, longer: Inputs) -> None:
-        prompt, refused_BLD = found
-        with encoder_outputs_replayed(self._lalm, prompt.audio):
-            whole_BLD = self._whole(inputs, Measured.NOTHING).states_BLD
-        with encoder_outputs_replayed(self._lalm, prompt.audio):
-            whole_refused_BLD = self._whole(longer, Measured.NOTHING).states_BLD
+    def _compare_prompts(self, prompt: PromptPass, inputs: Inputs) -> None:
+        whole_BLD = self._heard_again(inputs, prompt.audio)
+        size_BL = whole_BLD.norm(dim=-1)
         dtype = self._lalm.model.dtype
+        allowed_BL = (_close(dtype) * LEAST_CHANGE + ROUNDINGS * torch.finfo(dtype).eps) * size_BL
+        _check_close((prompt.states_BLD, whole_BLD), allowed_BL, (size_BL, "their size"))
+
+    def _compare_pairs(self, found: tuple[PromptPass, torch.Tensor], inputs: Inputs, longer: Inputs) -> None:
+        prompt, refused_BLD = found
+        whole_BLD = self._heard_again(inputs, prompt.audio)
+        whole_refused_BLD = self._heard_again(longer, prompt.audio)
         change_BL = (whole_refused_BLD - whole_BLD).norm(dim=-1)
-        allowed_BL = CLOSE.get(dtype, CLOSE[torch.float32]) * change_BL
-        allowed_BL += ROUNDINGS * torch.finfo(dtype).eps * whole_BLD.norm(dim=-1)
-        for wanted_BLD, got_BLD in ((whole_BLD, prompt.states_BLD), (whole_refused_BLD, refused_BLD)):
-            apart_BL = (got_BLD - wanted_BLD).norm(dim=-1)
-            close_BL = (apart_BL <= allowed_BL) | ~wanted_BLD.isfinite().all(dim=-1)
-            if not bool(close_BL.all()):
-                share = float((apart_BL / change_BL.clamp(min=1e-30)).max())
-                raise CannotContinueError(
-                    f"run on from a cache, the states of the first prompts are off by {share:.1e} of what the refusal "
-                    "text changes"
-                )
+        dtype = self._lalm.model.dtype
+        allowed_BL = _close(dtype) * change_BL + ROUNDINGS * torch.finfo(dtype).eps * whole_BLD.norm(dim=-1)
+        for pair in ((prompt.states_BLD, whole_BLD), (refused_BLD, whole_refused_BLD)):
+            _check_close(pair, allowed_BL, (change_BL, "what the refusal text changes"))
+
+    def _heard_again(self, inputs: Inputs, audio: list[Any]) -> torch.Tensor:
+        """States (B, L, D) of prompts that are run in full, unmeasured, with clips that were heard before."""
+        with encoder_outputs_replayed(self._lalm, audio):
+            return self._whole(inputs, Measured.NOTHING).states_BLD
 
     def _whole(self, inputs: Inputs, measured: Measured) -> PromptPass:
         with encoder_outputs_recorded(self._lalm) as audio:
@@ -235,6 +250,25 @@ class _Head:
                 use_cache=True,
             )
         return Past(output.past_key_values, mask)
+
+
+def _close(dtype: torch.dtype) -> float:
+    return CLOSE.get(dtype, CLOSE[torch.float32])
+
+
+def _check_close(
+    pair: tuple[torch.Tensor, torch.Tensor], allowed_BL: torch.Tensor, scale: tuple[torch.Tensor, str]
+) -> None:
+    """Raise `CannotContinueError` where states (B, L, D) are not as the second ones, where those are finite."""
+    got_BLD, wanted_BLD = pair
+    apart_BL = (got_BLD - wanted_BLD).norm(dim=-1)
+    close_BL = (apart_BL <= allowed_BL) | ~wanted_BLD.isfinite().all(dim=-1)
+    if not bool(close_BL.all()):
+        scale_BL, name = scale
+        share = float((apart_BL / scale_BL.clamp(min=1e-30)).max())
+        raise CannotContinueError(
+            f"run on from a cache, the states of the first prompts are off by {share:.1e} of {name}"
+        )
 
 
 def _last_position(_head: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -9,20 +9,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
 
 from calibration.errors import InputError, UnsupportedError
-from calibration.lalm import Lalm, audio_token_count, encode_requests
-from calibration.requests import SpokenRequest, check_requests, load_audio
+from calibration.lalm import audio_token_count, encode_requests
+from calibration.requests import load_audio
 from calibration.token_positions import last_attended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from calibration.decoder_parts import DecoderParts
+    from calibration.lalm import Lalm
+    from calibration.requests import SpokenRequest
 
     Progress: TypeAlias = Callable[[str, int, int], None]
 
@@ -125,14 +127,6 @@ def heard_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> list[NDArray[n
     return load_clips(lalm, requests) if lalm.hears else None
 
 
-def check_clips(lalm: Lalm, requests: Sequence[SpokenRequest]) -> None:
-    """Read every clip once and drop it, so that bad ones are found before the model has worked for an hour.
-
-    Raises `InputError` naming the clips that `check_clip` refuses.
-    """
-    check_requests(requests, lambda request: check_clip(lalm, request))
-
-
 def check_clip(lalm: Lalm, request: SpokenRequest) -> NDArray[np.float32] | None:
     """A clip that the model can take, (samples,) float32; None for a model that hears none.
 
@@ -152,34 +146,3 @@ def check_clip(lalm: Lalm, request: SpokenRequest) -> NDArray[np.float32] | None
                 f"makes {tokens} embeddings of it, expected at least {LEAST_AUDIO_TOKENS}"
             )
     return clip
-
-
-def collect_states(
-    lalm: Lalm,
-    harmful: Sequence[SpokenRequest],
-    benign: Sequence[SpokenRequest],
-    *,
-    refusal_prompt: str,
-    batch_size: int = 8,
-    progress: Progress | None = None,
-) -> CalibrationStates:
-    """Run every request through the model and keep what calibration needs (METHOD, calibration 1 and 2).
-
-    The refusal text is concatenated to the prompt verbatim, in the same user turn; the audio is the same.
-    """
-
-    def run(stage: str, requests: Sequence[SpokenRequest], suffix: str) -> NDArray[np.float32]:
-        batches = []
-        for start in range(0, len(requests), batch_size):
-            batch = requests[start : start + batch_size]
-            audios = heard_clips(lalm, batch)
-            batches.append(last_position_states(lalm, [request.text + suffix for request in batch], audios))
-            if progress is not None:
-                progress(stage, start + len(batch), len(requests))
-        return np.concatenate(batches)
-
-    return CalibrationStates(
-        harmful_NLD=run("harmful", harmful, ""),
-        refused_NLD=run("harmful, refusal prompted", harmful, refusal_prompt),
-        benign_NLD=run("benign", benign, ""),
-    )

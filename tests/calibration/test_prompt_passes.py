@@ -22,14 +22,16 @@ from calibration.audio_once import (
 )
 from calibration.calibrate import REFUSAL_PROMPT, CalibrationSettings, calibrate
 from calibration.collection import Collecting, Collection
-from calibration.continuation import CannotContinueError, Prompts, common_length, fork
+from calibration.continuation import CannotContinueError, Past, Prompts, common_length, fork
 from calibration.directions import SteeringSettings
 from calibration.kept_prompts import KeptStore
 from calibration.lalm import Lalm, encode_requests, load_lalm
-from calibration.magnitudes import recorded_magnitudes
+from calibration.magnitudes import LargestMagnitudes, recorded_magnitudes
 from calibration.prompt_passes import PromptPasses
 from calibration.requests import load_audio, read_requests
+from calibration.statistics import StateStatistics
 from calibration.trimmed_encoder import trimmed
+from calibration.unfinished import UnfinishedFile
 from tests import tiny_lalm
 from tests.calibration.test_calibrate import literal_state
 
@@ -74,10 +76,37 @@ def encoder_rows(lalm: Lalm) -> Iterator[list[int]]:
 
 @contextmanager
 def passes_of(lalm: Lalm) -> Iterator[PromptPasses]:
+    with measured_passes_of(lalm) as (passes, _):
+        yield passes
+
+
+@contextmanager
+def measured_passes_of(lalm: Lalm) -> Iterator[tuple[PromptPasses, LargestMagnitudes]]:
     with recorded_magnitudes(lalm.parts) as record:
         passes = PromptPasses(lalm, record)
         with passes.prepared():
-            yield passes
+            yield passes, record
+
+
+def whole_magnitudes(lalm: Lalm, *prompts: dict[str, torch.Tensor]) -> np.ndarray:
+    """The largest |h| (L,) in whole passes."""
+    with recorded_magnitudes(lalm.parts) as record, torch.inference_mode():
+        for inputs in prompts:
+            lalm.model(**inputs, use_cache=False)
+    return record.largest_L()
+
+
+def larger(past: Past | None, factor: float = 30.0) -> Past | None:
+    """A cache whose values are not those that were computed."""
+    if past is None:
+        return None
+    cache = fork(past.cache)
+    for layer in cache.layers:
+        layer.values = layer.values * factor
+    return Past(cache, past.mask_BP)
+
+
+HEAD_PAST = prompt_passes._Head.past
 
 
 def test_pairs_and_single_prompts_have_the_states_of_whole_passes(lalm: Lalm, harmful_requests: Path) -> None:
@@ -122,6 +151,14 @@ BROKEN = {
         lambda past, lengths, right=continuation.up_to: right(past, [n - 1 for n in lengths]),
     ),
     "a model's own code fails": ("rest_of", lambda *_: {"no": "such input"}),
+    "the cache's values are larger": (
+        "up_to",
+        lambda past, n, right=continuation.up_to: larger(right(past, n)),
+    ),
+    "the cache's values are NaN": (
+        "up_to",
+        lambda past, n, right=continuation.up_to: larger(right(past, n), float("nan")),
+    ),
 }
 
 
@@ -136,13 +173,93 @@ def test_a_continuation_that_is_wrong_is_seen_and_not_used(
 ) -> None:
     monkeypatch.setattr(prompt_passes, name, wrong)
     inputs, longer = encoded(lalm, harmful_requests)
-    with caplog.at_level(logging.WARNING, logger="calibration"), passes_of(lalm) as passes:
+    with caplog.at_level(logging.WARNING, logger="calibration"), measured_passes_of(lalm) as (passes, record):
         prompt, refused_BLD = passes.pair(inputs, longer)
         passes.pair(inputs, longer)
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("every prompt is run in full: ")
     np.testing.assert_allclose(prompt.states_BLD, whole_states(lalm, inputs), rtol=0, atol=ATOL)
     np.testing.assert_allclose(refused_BLD, whole_states(lalm, longer), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(record.largest_L(), whole_magnitudes(lalm, inputs, longer), rtol=0, atol=ATOL)
+
+
+BROKEN_HEAD = {
+    "larger": lambda self, *args: larger(HEAD_PAST(self, *args)),
+    "nan": lambda self, *args: larger(HEAD_PAST(self, *args), float("nan")),
+    "fails": lambda self, *_: self.no_such_thing,
+}
+
+
+@pytest.mark.parametrize("wrong", BROKEN_HEAD.values(), ids=BROKEN_HEAD)
+def test_single_prompts_that_come_first_are_compared_too(
+    lalm: Lalm,
+    harmful_requests: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wrong: Any,
+) -> None:
+    monkeypatch.setattr(prompt_passes._Head, "past", wrong)
+    inputs, _ = encoded(lalm, harmful_requests)
+    with caplog.at_level(logging.WARNING, logger="calibration"), measured_passes_of(lalm) as (passes, record):
+        prompt = passes.single(inputs)
+        passes.single(inputs)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("every prompt is run in full: ")
+    np.testing.assert_allclose(prompt.states_BLD, whole_states(lalm, inputs), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(record.largest_L(), whole_magnitudes(lalm, inputs), rtol=0, atol=ATOL)
+
+
+def test_pairs_behind_single_prompts_are_still_compared(
+    lalm: Lalm,
+    harmful_requests: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prompt_passes, "up_to", lambda past, _: larger(past))
+    inputs, longer = encoded(lalm, harmful_requests)
+    with passes_of(lalm) as passes:
+        passes.single(inputs)
+        assert passes.obstacle is None
+        _, refused_BLD = passes.pair(inputs, longer)
+        assert passes.obstacle is not None
+    np.testing.assert_allclose(refused_BLD, whole_states(lalm, longer), rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_resumed_run_without_pairs_notices_a_wrong_continuation(
+    lalm: Lalm,
+    harmful_requests: Path,
+    benign_requests: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    workers: int,
+) -> None:
+    monkeypatch.setattr("calibration.collection.worker_count", lambda _: workers)
+    requests = (read_requests(harmful_requests), read_requests(benign_requests))
+
+    def collected(how: Collecting) -> tuple[StateStatistics, list[float]]:
+        with KeptStore.opened(0) as store:
+            collection = Collection(lalm, requests, REFUSAL_PROMPT, store, how)
+            collection.begin()
+            return collection.collect()
+
+    def stop(stage: str, _done: int, _count: int) -> None:
+        if stage == "benign":
+            raise KeyboardInterrupt
+
+    wanted, wanted_largest = collected(Collecting(batch_size=2))
+    file = UnfinishedFile(tmp_path / ".plan", {})
+    with pytest.raises(KeyboardInterrupt, match="8 of 11 requests"):
+        collected(Collecting(batch_size=2, unfinished=file, progress=stop))
+    monkeypatch.setattr(prompt_passes._Head, "past", BROKEN_HEAD["larger"])
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="calibration"):
+        found, largest = collected(Collecting(batch_size=2, unfinished=file))
+    going_on, in_full = caplog.messages
+    assert "8 of 11 requests are done" in going_on
+    assert in_full.startswith("every prompt is run in full: run on from a cache")
+    np.testing.assert_allclose(found.benign_mean_LD, wanted.benign_mean_LD, rtol=0, atol=ATOL)
+    np.testing.assert_allclose(largest, wanted_largest, rtol=1e-5, atol=0)  # kept to six digits
 
 
 def text_first(lalm: Lalm) -> Lalm:

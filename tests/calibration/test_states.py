@@ -12,8 +12,6 @@ from calibration.errors import UnsupportedError
 from calibration.lalm import Lalm, encode_requests
 from calibration.requests import load_audio, read_requests
 from calibration.states import (
-    CalibrationStates,
-    collect_states,
     hidden_of,
     last_attended,
     last_position_states,
@@ -99,41 +97,6 @@ def test_a_batch_gives_what_each_request_gives_alone(lalm: Lalm, harmful_request
     )
     np.testing.assert_allclose(batched, alone, rtol=0, atol=BATCHING_ATOL)
     assert np.abs(alone[0] - alone[1]).max() > 100 * BATCHING_ATOL
-
-
-def test_the_three_kinds_of_states(lalm: Lalm, harmful_requests: Path, benign_requests: Path) -> None:
-    harmful, benign = read_requests(harmful_requests), read_requests(benign_requests)
-    seen: list[tuple[str, int, int]] = []
-    states = collect_states(
-        lalm,
-        harmful,
-        benign,
-        refusal_prompt=" I cannot assist.",
-        batch_size=4,
-        progress=lambda *step: seen.append(step),
-    )
-    assert isinstance(states, CalibrationStates)
-    clip = load_audio(harmful[2].audio, sampling_rate=tiny_lalm.SAMPLING_RATE)
-    plain = last_position_states(lalm, [harmful[2].text], [clip])[0]
-    refused = last_position_states(lalm, [harmful[2].text + " I cannot assist."], [clip])[0]
-    spoken = load_audio(benign[4].audio, sampling_rate=tiny_lalm.SAMPLING_RATE)
-    np.testing.assert_allclose(states.harmful_NLD[2], plain, rtol=0, atol=BATCHING_ATOL)
-    np.testing.assert_allclose(states.refused_NLD[2], refused, rtol=0, atol=BATCHING_ATOL)
-    np.testing.assert_allclose(
-        states.benign_NLD[4],
-        last_position_states(lalm, [benign[4].text], [spoken])[0],
-        rtol=0,
-        atol=BATCHING_ATOL,
-    )
-    assert np.abs(refused - plain).max() > 100 * BATCHING_ATOL
-    assert seen == [
-        ("harmful", 4, 6),
-        ("harmful", 6, 6),
-        ("harmful, refusal prompted", 4, 6),
-        ("harmful, refusal prompted", 6, 6),
-        ("benign", 4, 5),
-        ("benign", 5, 5),
-    ]
 
 
 def test_states_of_several_streams_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from calibration import prompt_passes, workers
 from calibration.calibrate import CalibrationSettings, calibrate
+from calibration.continuation import Past
 from calibration.directions import SteeringSettings
 from calibration.lalm import Lalm
 from calibration.workers import in_order, one_thread_each, sharing_weights, worker_count
@@ -42,8 +44,9 @@ def test_a_copy_shares_weights_and_not_hooks(lalm: Lalm) -> None:
     other = sharing_weights(lalm)
     pairs = zip(lalm.model.parameters(), other.model.parameters(), strict=True)
     assert all(mine is theirs for mine, theirs in pairs)
+    before = list(other.parts.blocks[0]._forward_hooks)  # transformers leaves some of its own
     handle = lalm.parts.blocks[0].register_forward_hook(lambda *_: None)
-    assert not other.parts.blocks[0]._forward_hooks
+    assert list(other.parts.blocks[0]._forward_hooks) == before
     handle.remove()
 
 
@@ -78,7 +81,7 @@ def test_the_plan_is_the_same_to_the_bit(
     assert several.provenance == one.provenance
 
 
-def test_what_was_begun_before_a_bad_verdict_is_run_again_in_full(
+def test_nothing_is_run_on_from_a_cache_before_the_verdict(
     lalm: Lalm,
     harmful_requests: Path,
     benign_requests: Path,
@@ -88,10 +91,22 @@ def test_what_was_begun_before_a_bad_verdict_is_run_again_in_full(
     settings = CalibrationSettings(SteeringSettings(rank=2), batch_size=2)
     wanted = calibrate(lalm, harmful_requests, benign_requests, settings)
     monkeypatch.setattr("calibration.collection.worker_count", lambda _: 3)
-    right = prompt_passes.up_to
-    monkeypatch.setattr(prompt_passes, "up_to", lambda past, lengths: right(past, [n - 1 for n in lengths]))
+    right, calls = prompt_passes.up_to, []
+
+    def wrong(past: Past, lengths: Sequence[int]) -> Past:
+        calls.append(lengths)
+        cut = right(past, lengths)
+        for layer in cut.cache.layers:
+            layer.values = layer.values * 30
+        return cut
+
+    monkeypatch.setattr(prompt_passes, "up_to", wrong)
     found = calibrate(lalm, harmful_requests, benign_requests, settings)
     assert caplog.messages[0].startswith("every prompt is run in full: run on from a cache")
+    assert len(calls) == 1
+    for runs, largest in wanted.provenance["largest_magnitude"].items():
+        # kept to six digits
+        np.testing.assert_allclose(found.provenance["largest_magnitude"][runs], largest, rtol=1e-5, atol=0)
     for got, edit in zip(found.edits, wanted.edits, strict=True):
         # whole passes and continued ones: float32 sums in another order, see test_prompt_passes
         np.testing.assert_allclose(got.tensors()["vector"], edit.tensors()["vector"], rtol=0, atol=2e-6)
