@@ -50,12 +50,12 @@ logger = logging.getLogger(__name__)
     help="Write edits of chosen positions to a format that adds at every one.",
 )
 @click.option(
-    "--drop-block-0", is_flag=True, help="AllowedLosses out the edits of block 0, which GGUF cannot hold."
+    "--drop-block-0", is_flag=True, help="Leave out the edits of block 0, which GGUF cannot hold."
 )
 @click.option(
     "--drop-last-block",
     is_flag=True,
-    help="AllowedLosses out edits behind the last block, which .svec cannot hold.",
+    help="Leave out edits behind the last block, which .svec cannot hold.",
 )
 @overwrite_option
 def command(
