@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look into a plan or statistics (`.safetensors`), an ONNX file, an engine, a bundle folder or what `convert` reads."""
+    """Look into a plan or statistics (`.safetensors`), an ONNX file, an engine, a bundle folder, or vectors."""
     source = Path(path)
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")
@@ -28,8 +28,8 @@ def inspect(path: str | Path) -> Inspection:
         return inspect_bundle(source)
     if source.suffix not in READERS:
         raise InputError(
-            f"{source}: expected a plan or statistics (.safetensors), an ONNX file (.onnx), an engine (.engine), a bundle folder, or "
-            "vectors of another tool (.gguf, .svec, .pt, .pth)"
+            f"{source}: expected a plan or statistics (.safetensors), an ONNX file (.onnx), an engine (.engine), "
+            "a bundle folder, or vectors of another tool (.gguf, .svec, .pt, .pth)"
         )
     return READERS[source.suffix](source)
 
