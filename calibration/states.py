@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from calibration.audio import MAYBE_SHORT_SECONDS
 from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, audio_token_count, encode_requests
 from calibration.requests import SpokenRequest, check_requests, load_audio
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     Progress: TypeAlias = Callable[[str, int, int], None]
 
 
-MAYBE_SHORT_SECONDS = 0.5
-"""Clips shorter than this are checked for whether the audio encoder makes anything of them."""
 LEAST_AUDIO_TOKENS = 2
 """Below this the model's processor takes the audio token for one that it did not expand yet."""
 
