@@ -106,7 +106,8 @@ def _unaltered(model: Any) -> Iterator[None]:
     if own is None:  # a model that drives itself
         yield
         return
-    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in TOKENS})
+    kept = {name: getattr(own, name, None) for name in TOKENS}
+    model.generation_config = GenerationConfig(**kept)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
