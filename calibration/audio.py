@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SILENCE_PEAK = 1e-4
 """A clip whose loudest sample is below this (−80 dB of full scale) holds no speech."""
+MAYBE_SHORT_SECONDS = 0.5
+"""Clips shorter than this are checked for whether the audio encoder makes anything of them."""
 AUDIO_SUFFIXES = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav")
 """Names that audio files in a folder have; what a record names may be called anything."""
 UNREADABLE = "not a readable audio file; expected wav, flac, mp3, ogg or another format of libsndfile"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from calibration.audio import MAYBE_SHORT_SECONDS
 from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import audio_token_count, encode_requests
 from calibration.requests import load_audio
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     Progress: TypeAlias = Callable[[str, int, int], None]
 
 
-MAYBE_SHORT_SECONDS = 0.5
-"""Clips shorter than this are checked for whether the audio encoder makes anything of them."""
 LEAST_AUDIO_TOKENS = 2
 """Below this the model's processor takes the audio token for one that it did not expand yet."""
 

@@ -244,7 +244,8 @@ class Bundle:
             rows = [self._processed(self.frontend, *row) for row in zip(texts, samples, strict=True)]
             return _left_padded(rows)
         names = [
-            str(clip) if isinstance(clip, (str, Path)) else f"clip {row}" for row, clip in enumerate(clips)
+            str(clip) if isinstance(clip, (str, Path, EmbeddedAudio)) else f"clip {row}"
+            for row, clip in enumerate(clips)
         ]
         heard = [(name, clip) for name, clip in zip(names, samples, strict=True) if clip is not None]
         spoken = iter(self._encode_audio(heard))

@@ -43,19 +43,17 @@ logger = logging.getLogger(__name__)
     help="Of activations: share of the safe subspace removed.  [default: 1]",
 )
 @click.option("--rank", type=int, help="Of activations: rank k of the safe subspace.  [default: 10]")
-@click.option("--model-type", help="Type of the model, written into GGUF and .svec files, such as qwen2.")
+@click.option("--model-type", help="Type of the model, such as qwen2; for GGUF and .svec files alone.")
 @click.option(
     "--allow-all-positions",
     is_flag=True,
     help="Write edits of chosen positions to a format that adds at every one.",
 )
-@click.option(
-    "--drop-block-0", is_flag=True, help="AllowedLosses out the edits of block 0, which GGUF cannot hold."
-)
+@click.option("--drop-block-0", is_flag=True, help="Leave out the edits of block 0, which GGUF cannot hold.")
 @click.option(
     "--drop-last-block",
     is_flag=True,
-    help="AllowedLosses out edits behind the last block, which .svec cannot hold.",
+    help="Leave out edits behind the last block, which .svec cannot hold.",
 )
 @overwrite_option
 def command(

@@ -37,7 +37,8 @@ def command(
 ) -> None:
     """Show what is in PATH: a plan (.safetensors), an ONNX file, an engine (.engine), or a bundle folder.
 
-    Also files of other tools that `convert` reads: .gguf, .svec, .pt and .pth.
+    Also the statistics that `sweep` keeps (.safetensors), and files of other tools that `convert` reads: .gguf, .svec,
+    .pt and .pth.
 
     Of a decoder: a table of its residual stream, what reads it, and the edits in the order in which they act.
     Where its sites are not found, --sites writes what is known and the nearest candidates, to be completed by

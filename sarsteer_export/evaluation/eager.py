@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from calibration.lalm import Lalm, encode_requests
 from calibration.plan import check_plan_fits
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 EAGER = "eager"
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-"""The most probable token in every step, whatever the checkpoint's generation settings say, as engines answer."""
+"""The most probable token in every step, told to a model with a `generate` of its own too."""
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""All that is kept of a checkpoint's generation settings: engines answer by none of the others."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,26 @@ class EagerSpeaker:
         clips = heard_clips(self.lalm, requests)
         inputs = encode_requests(self.lalm, [request.text for request in requests], clips)
         steering = nullcontext() if self.plan is None else steered(self.lalm.parts, self.plan)
-        with torch.inference_mode(), steering:
+        with torch.inference_mode(), steering, _unaltered(self.lalm.model):
             return self.lalm.adapter.generate(inputs, **GREEDY, **settings).cpu()
+
+
+@contextmanager
+def _unaltered(model: Any) -> Iterator[None]:
+    """The model without what its generation settings do to scores, as they suppress or force tokens.
+
+    Not as an argument of `generate`, which would fill what that leaves open from the model's own settings.
+    """
+    own = getattr(model, "generation_config", None)
+    if own is None:  # a model that drives itself
+        yield
+        return
+    kept = {name: getattr(own, name, None) for name in TOKENS}
+    model.generation_config = GenerationConfig(**kept)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Forced(LogitsProcessor):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.audio import MAYBE_SHORT_SECONDS
 from calibration.checkpoint import fingerprint, read_config
 from calibration.errors import InputError, UnsupportedError
 from calibration.overlap import AllowedOverlap, check_kinds, check_unseen
@@ -309,7 +310,10 @@ def _frontend_check(bundle: Bundle) -> Callable[[SpokenRequest], object]:
                     f"{request}: {_hears_nothing(bundle.manifest)}; expected a record of text alone"
                 )
             return
-        load_audio(request.clip(), sampling_rate=front.sampling_rate, max_seconds=front.max_audio_seconds)
+        source = request.clip()
+        clip = load_audio(source, sampling_rate=front.sampling_rate, max_seconds=front.max_audio_seconds)
+        if clip.size < MAYBE_SHORT_SECONDS * front.sampling_rate:
+            bundle.prompts([source], [""])  # refuses a clip that its encoder makes nothing of
 
     return check
 

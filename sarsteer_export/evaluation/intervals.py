@@ -93,7 +93,9 @@ def wilson(values_N: NDArray[np.float64], confidence: float) -> Interval:
     count, value, z = len(values_N), float(values_N.mean()), _z(confidence)
     centre = (value + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
-    return Interval(max(0.0, centre - half), min(1.0, centre + half), "Wilson")
+    # Exactly at the ends, where the rounding of the formula leaves 1e-17 beside them.
+    low, high = 0.0 if value == 0 else centre - half, 1.0 if value == 1 else centre + half
+    return Interval(max(0.0, low), min(1.0, high), "Wilson")
 
 
 def bonett_price(differences_N: NDArray[np.float64], confidence: float) -> Interval:

@@ -34,18 +34,10 @@ SAMPLE_SECONDS = ((1.3, 0.8), (0.5, 0.4))
 
 
 class AudioEncoderComponent(nn.Module):
-    """The audio encoder with its projector, for models built like Qwen2-Audio.
-
-    Raises `UnsupportedError` when the model has no `audio_tower` and `multi_modal_projector`.
-    """
+    """The audio encoder with its projector, for models that `is_like_qwen2_audio`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        if not is_like_qwen2_audio(model):
-            raise UnsupportedError(
-                f"{type(model).__name__}: its audio encoder cannot be exported yet; expected audio_tower and "
-                "multi_modal_projector as Qwen2-Audio has them"
-            )
         inner: Any = getattr(model, "model", model)
         self.tower, self.projector = inner.audio_tower, inner.multi_modal_projector
         self.config = model.config

@@ -10,7 +10,7 @@ from engines.sidecar import ENGINE_SUFFIX
 from sarsteer_export.inspection.bundle import inspect_bundle
 from sarsteer_export.inspection.engine import inspect_engine
 from sarsteer_export.inspection.graph import inspect_graph
-from sarsteer_export.inspection.plan import inspect_plan
+from sarsteer_export.inspection.statistics import inspect_safetensors
 from sarsteer_export.inspection.vectors import inspect_vectors
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look into a plan (`.safetensors`), an ONNX file, an engine, a bundle folder or a file that `convert` reads."""
+    """Look into a plan or statistics (`.safetensors`), an ONNX file, an engine, a bundle folder, or vectors."""
     source = Path(path)
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")
@@ -28,14 +28,14 @@ def inspect(path: str | Path) -> Inspection:
         return inspect_bundle(source)
     if source.suffix not in READERS:
         raise InputError(
-            f"{source}: expected a plan (.safetensors), an ONNX file (.onnx), an engine (.engine), a bundle folder, or "
-            "vectors of another tool (.gguf, .svec, .pt, .pth)"
+            f"{source}: expected a plan or statistics (.safetensors), an ONNX file (.onnx), an engine (.engine), "
+            "a bundle folder, or vectors of another tool (.gguf, .svec, .pt, .pth)"
         )
     return READERS[source.suffix](source)
 
 
 READERS: dict[str, Callable[[Path], Inspection]] = {
-    ".safetensors": inspect_plan,
+    ".safetensors": inspect_safetensors,
     ".onnx": inspect_graph,
     ENGINE_SUFFIX: inspect_engine,
     **dict.fromkeys((".gguf", ".svec", ".pt", ".pth"), inspect_vectors),

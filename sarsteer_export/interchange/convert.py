@@ -44,6 +44,8 @@ HOLDINGS = {
     Target.STEERING_VECTORS: steering_vectors.HOLDING,
     Target.SVEC: svec.HOLDING,
 }
+NAMES_MODEL = (Target.GGUF, Target.SVEC)
+"""Formats with a place for the type of the model."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def convert(
     target = target_of(output, to)
     if target is Target.SVEC and output.suffix != svec.SUFFIX:
         raise InputError(f"{output}: activation-steering reads files named *{svec.SUFFIX} alone; name it so")
+    _check_for_target(output, target, settings)
     check_output(output, overwrite=overwrite)
     check_outside_bundle(output)
     source = read_source(path)
@@ -112,10 +115,6 @@ def convert(
         return _write(plan, output, target, settings, notes, overwrite=overwrite)
     if isinstance(source.content, SteeringPlan):
         raise InputError(f"{path}: is a plan already; name an output of another format")
-    if settings.losses != AllowedLosses():
-        raise InputError(
-            "a plan holds every block and any positions; nothing has to be dropped or widened for one"
-        )
     with staged_file(output, overwrite=overwrite) as staged:
         plan.save(staged)
     return Conversion(output, target, plan, notes)
@@ -125,18 +124,18 @@ def _plan(source: Source, settings: ConversionSettings) -> tuple[SteeringPlan, t
     """What a file means as a plan, and what to know of it."""
     content = source.content
     if isinstance(content, SteeringPlan):
-        _only(settings, "a plan", "layers", "num_layers")
+        _only(settings, "a plan")
         _same_depth(source, content.num_layers, settings)
         return _chosen(content, settings), ()
     provenance: dict[str, Any] = {"source": {"file": source.path.name, "sha256": source.sha256}}
     if not isinstance(content, LayerVectors):
-        _only(settings, "a checkpoint of activations", "layers", "alpha", "ablation", "rank", "num_layers")
+        _only(settings, "a checkpoint of activations", "alpha", "ablation", "rank")
         _same_depth(source, content.benign_NLD.shape[1], settings)
         try:
             return _from_activations(content, settings, provenance), ()
         except InputError as error:
             raise InputError(f"{source.path}: {error}") from None
-    _only(settings, "a file of vectors", "layers", "num_layers", "strength", "positions")
+    _only(settings, "a file of vectors", "strength", "positions")
     if settings.num_layers is None:
         raise InputError(
             f"{source.path}: does not say how many decoder blocks the model has; say it with --num-layers "
@@ -227,6 +226,30 @@ def _chosen(plan: SteeringPlan, settings: ConversionSettings) -> SteeringPlan:
     return replace(plan, edits=tuple(edit for edit in plan.edits if edit.layer in layers))
 
 
+def _check_for_target(output: Path, target: Target, settings: ConversionSettings) -> None:
+    """Refuse options that say nothing about the format to write."""
+    if settings.model_type is not None and target not in NAMES_MODEL:
+        raise InputError(
+            f"{output}: --model-type is {settings.model_type!r}, which a file of format {target.value} has no place "
+            "for; leave it out"
+        )
+    if target is Target.PLAN:
+        if settings.losses != AllowedLosses():
+            raise InputError(
+                "a plan holds every block and any positions; nothing has to be dropped or widened for one"
+            )
+        return
+    holding = HOLDINGS[target]
+    for given, held, option, what in (
+        (settings.losses.drop_block_0, holding.holds_block_0, "--drop-block-0", "block 0"),
+        (settings.losses.drop_last_block, holding.holds_last_block, "--drop-last-block", "the last block"),
+    ):
+        if given and held:
+            raise InputError(
+                f"{output}: {holding.name} holds the edits of {what}; {option} drops none, leave it out"
+            )
+
+
 def _same_depth(source: Source, num_layers: int, settings: ConversionSettings) -> None:
     if settings.num_layers not in (None, num_layers):
         raise InputError(
@@ -235,7 +258,7 @@ def _same_depth(source: Source, num_layers: int, settings: ConversionSettings) -
 
 
 def _only(settings: ConversionSettings, what: str, *allowed: str) -> None:
-    """Refuse options that say nothing about this kind of file."""
+    """Refuse options that say nothing about this kind of file; the blocks can be chosen and counted in every kind."""
     for name in ("strength", "positions", "alpha", "ablation", "rank"):
         if name not in allowed and getattr(settings, name) is not None:
             option = {"ablation": "lambda"}.get(name, name)

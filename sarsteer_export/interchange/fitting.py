@@ -34,6 +34,16 @@ class Holding:
     first: int = 0
     elsewhere: str = ""
 
+    @property
+    def holds_block_0(self) -> bool:
+        """Whether every edit before, in or behind block 0 has a place."""
+        return self.site is Site.BLOCK_INPUT and self.first == 0
+
+    @property
+    def holds_last_block(self) -> bool:
+        """Whether every edit behind the last block has a place."""
+        return self.site is Site.BLOCK_OUTPUT
+
 
 @dataclass(frozen=True)
 class AllowedLosses:

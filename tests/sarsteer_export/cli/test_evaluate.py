@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+import soundfile
 from click.testing import Result
 
 from calibration.plan import SteeringPlan
@@ -254,3 +256,20 @@ def test_a_bundle_alone_is_evaluated_without_pytorch(
     done = run_python(code, "evaluate", bundle_path, *held_out, *plain)
     assert done.returncode == 0, done.stderr
     assert "attack success" in done.stdout
+
+
+def test_a_bundle_alone_skips_and_counts_clips_it_makes_nothing_of(
+    bundle_path: Path, held_out: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    soundfile.write(tmp_path / "blip.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 50), 16_000)
+    harmful = Path(held_out[1])
+    records = [json.loads(line) for line in harmful.read_text(encoding="utf-8").splitlines()]
+    records = [{**record, "audio": str(harmful.parent / record["audio"])} for record in records]
+    records[1]["audio"] = str(tmp_path / "blip.wav")
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    quick = ("--max-new-tokens", "1", "--random-seeds", "0", "--bootstrap", "100")
+    call = ("evaluate", bundle_path, "--harmful", mixed, *held_out[2:], *quick)
+    refused(sarsteer(*call), "line 2", "blip.wav: too short, 50 samples at 16000 Hz")
+    found = answered_json(sarsteer(*call, "--on-error", "skip", "--json"))["requests"]["harmful"]
+    assert (found["count"], found["skipped"]) == (3, 1)

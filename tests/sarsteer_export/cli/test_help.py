@@ -14,6 +14,14 @@ from sarsteer_export.cli import COMMANDS
 from tests.sarsteer_export.command_line import answered, refused, run_python, sarsteer
 
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx")
+ROOT = Path(__file__).parents[3]
+CLASSES = {
+    found
+    for package in ("calibration", "engines", "graph_passes", "sarsteer_export")
+    for path in (ROOT / package).rglob("*.py")
+    for found in re.findall(r"^class ([A-Z][a-z]+[A-Z]\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+}
+"""Names of classes of several words, which say nothing to who reads `--help`."""
 
 
 def test_the_group_lists_every_command_and_the_exit_codes() -> None:
@@ -40,6 +48,7 @@ def test_every_command_names_an_example_and_the_shared_options(name: str) -> Non
     for option in ("--json", "--config", "--debug", "--help"):
         assert option in text
     assert answered(sarsteer(name, "-h")) == text
+    assert not CLASSES & set(re.findall(r"\w+", text))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -65,7 +74,7 @@ print(json.dumps([codes, [name for name in {HEAVY!r} if name in sys.modules]]))
 
 
 def test_version_is_the_package_s() -> None:
-    project = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (number,) = re.findall(r'^version = "(.*)"$', project, re.MULTILINE)
     assert answered(sarsteer("--version")) == f"sarsteer-export, version {number}\n"
 

@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from calibration.plan import Positions, Site, SteeringPlan
+from calibration.statistics import StateStatistics
 from graph_passes.onnx_file import read_graph
 from graph_passes.residual_stream import find_residual_stream
 from graph_passes.stream_table import NodeName, SiteRow, StreamTable
@@ -287,3 +289,23 @@ def test_what_a_file_says_of_itself_moves_no_cursor(tmp_path: Path) -> None:
     shown = answered(sarsteer("inspect", tmp_path / "decoder.onnx"))
     assert "author: \\x1b[31mred\\rover" in shown
     assert "\x1b" not in shown
+
+
+def test_statistics_that_a_sweep_keeps_are_shown(tmp_path: Path) -> None:
+    states_NLD = np.random.default_rng(0).standard_normal((5, 3, 4))
+    found = StateStatistics.of_pairs(states_NLD[:2], states_NLD[1:3]).merged(
+        StateStatistics.of_benign(states_NLD)
+    )
+    path = tmp_path / "statistics.safetensors"
+    found.save(path, {"largest_magnitude": [1.0]})
+    assert answered_json(sarsteer("inspect", path, "--json")) == {
+        "kind": "statistics",
+        "pairs": 2,
+        "benign": 5,
+        "num_layers": 3,
+        "hidden_size": 4,
+        "provenance": {"largest_magnitude": [1.0]},
+    }
+    assert "statistics of 3 blocks of width 4, which `sweep` reads" in answered(sarsteer("inspect", path))
+    save_file({"x": np.zeros(2)}, path)
+    refused(sarsteer("inspect", path), "is not a steering plan")

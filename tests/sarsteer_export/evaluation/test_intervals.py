@@ -29,6 +29,12 @@ def test_wilson_is_the_published_interval() -> None:
         assert found.high == pytest.approx(high, abs=5e-5)
 
 
+@pytest.mark.parametrize("count", [1, 3, 20, 40, 41, 50, 101])
+def test_wilson_ends_exactly_where_all_came_out_alike(count: int) -> None:
+    assert wilson(np.zeros(count), 0.95).low == 0.0
+    assert wilson(np.ones(count), 0.95).high == 1.0
+
+
 def test_bonett_price_follows_its_formula() -> None:
     # 8 of 20 pairs went up, 2 went down: (9 - 3) / 22 -+ 1.959964 sqrt((9/22 + 3/22 - (6/22)^2) / 22)
     found = bonett_price(np.array([1.0] * 8 + [-1.0] * 2 + [0.0] * 10), 0.95)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from calibration.states import load_clips
 from calibration.steered import steered
 from sarsteer_export import Bundle
 from sarsteer_export.controls import random_control
-from sarsteer_export.evaluation.eager import EagerRespondent, eager_answers
+from sarsteer_export.evaluation.eager import EagerRespondent, EagerSpeaker, eager_answers
 from sarsteer_export.evaluation.engine import EngineRespondent
 from sarsteer_export.evaluation.figures import figures, per_prompt
 from sarsteer_export.evaluation.intervals import Bootstrap
@@ -220,3 +221,24 @@ def test_figures_of_several_controls_are_means_prompt_by_prompt(on_eager: tuple[
 def test_settings_that_ask_nothing_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(InputError, match="expected at least 1"):
         MeasureSettings(**settings)
+
+
+def test_eager_and_its_log_probabilities_know_no_setting_of_the_checkpoint_but_its_tokens(
+    lalm: Lalm, requests: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speaker = EagerSpeaker(lalm, None)
+    asked = requests["benign"]
+    plain = speaker.replies(asked, max_new_tokens=8)
+    tokens = [[5, 5, 5, 5, 5]] * len(asked)
+    scores = speaker.log_probabilities(asked, tokens)
+    config = copy.deepcopy(lalm.model.generation_config)
+    config.update(
+        no_repeat_ngram_size=2,
+        suppress_tokens=[plain[0].tokens[0]],
+        bad_words_ids=[[plain[0].tokens[1]]],
+        min_new_tokens=7,
+    )
+    monkeypatch.setattr(lalm.model, "generation_config", config)
+    assert speaker.replies(asked, max_new_tokens=8) == plain
+    np.testing.assert_array_equal(speaker.log_probabilities(asked, tokens), scores)
+    assert lalm.model.generation_config is config

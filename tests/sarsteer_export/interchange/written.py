@@ -37,7 +37,8 @@ def write(name: str, folder: Path) -> Path:
     """Have `convert` write the file `name` into `folder`."""
     plan = folder / "plan.safetensors"
     plan_behind(name).save(plan)
-    convert(plan, folder / name, ConversionSettings(model_type="llama"), overwrite=True)
+    model_type = None if name.endswith(".pt") else "llama"
+    convert(plan, folder / name, ConversionSettings(model_type=model_type), overwrite=True)
     plan.unlink()
     return folder / name
 
