@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from sarsteer_export.build_inputs import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.engine_build import EngineSettings, build_engines
-    from sarsteer_export.evaluation.evaluate import EvaluationSettings, evaluate
+    from sarsteer_export.evaluation.evaluate import evaluate
     from sarsteer_export.evaluation.intervals import Bootstrap
     from sarsteer_export.evaluation.measure import MeasureSettings
+    from sarsteer_export.evaluation.settings import EvaluationSettings
     from sarsteer_export.exporting.export import export
     from sarsteer_export.interchange.convert import ConversionSettings, convert
     from sarsteer_export.interchange.fitting import AllowedLosses
@@ -55,7 +56,7 @@ _HOMES = {
     "CombineRule": "calibration.combine",
     "ConversionSettings": "sarsteer_export.interchange.convert",
     "EngineSettings": "sarsteer_export.engine_build",
-    "EvaluationSettings": "sarsteer_export.evaluation.evaluate",
+    "EvaluationSettings": "sarsteer_export.evaluation.settings",
     "Grid": "sarsteer_export.sweeping.grid",
     "JudgeSettings": "sarsteer_export.judges.settings",
     "LastFrom": "graph_passes.selection",
