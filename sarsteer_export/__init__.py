@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from graph_passes.audit_report import AuditReport
     from graph_passes.selection import LastFrom, PromptFrom, SteeringInputs, StrengthInput
     from sarsteer_export.auditing import audit
-    from sarsteer_export.build_inputs import BuildSettings
+    from sarsteer_export.building.settings import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.engine_build import EngineSettings, build_engines
     from sarsteer_export.evaluation.evaluate import evaluate
@@ -49,7 +49,7 @@ _HOMES = {
     "AllowedLosses": "sarsteer_export.interchange.fitting",
     "AuditReport": "graph_passes.audit_report",
     "Bootstrap": "sarsteer_export.evaluation.intervals",
-    "BuildSettings": "sarsteer_export.build_inputs",
+    "BuildSettings": "sarsteer_export.building.settings",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
     "Candidates": "sarsteer_export.sweeping.choice",
