@@ -52,10 +52,10 @@ class Data:
     harmful: tuple[SpokenRequest, ...]
     benign: tuple[SpokenRequest, ...]
     limit: int
-    batch_size: int
+    batch_size: int | None
 
     @classmethod
-    def read(cls, limit: int, batch_size: int) -> Data:
+    def read(cls, limit: int, batch_size: int | None) -> Data:
         """The training requests of the pocket LALM, at most `limit` of each kind."""
         harmful, benign = (read_requests(path, limit=limit) for path in cls.files())
         return cls(harmful, benign, limit, batch_size)
@@ -187,11 +187,14 @@ def table(result: dict[str, Any]) -> str:
 @click.option("--rounds", type=click.IntRange(2), default=15, show_default=True, help="Rounds.")
 @click.option("--limit", type=click.IntRange(2), default=60, show_default=True, help="Requests of each kind.")
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Requests per pass."
+    "--batch-size",
+    type=click.IntRange(1),
+    default=None,
+    help="Requests per pass; as `calibrate` if not given.",
 )
 @click.option("--threads", type=click.IntRange(1), default=None, help="Threads; all cores if not given.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def main(rounds: int, limit: int, batch_size: int, threads: int | None, as_json: bool) -> None:
+def main(rounds: int, limit: int, batch_size: int | None, threads: int | None, as_json: bool) -> None:
     """Compare the throughput of calibration with that of a plain loop, in about two minutes.
 
     Example: python benchmarks/calibration_speed.py --rounds 5

@@ -85,10 +85,13 @@ def load_audio(
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
-def check_header(source: AudioSource) -> None:
-    """Raise `InputError` naming a clip that is missing or whose header cannot be read; samples are not."""
+def header_seconds(source: AudioSource) -> float:
+    """How long a clip is by its header; samples are not read.
+
+    Raises `InputError` naming one that is missing or whose header cannot be read.
+    """
     try:
-        soundfile.info(_opened(source))
+        return float(soundfile.info(_opened(source)).duration)
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         raise InputError(f"audio {source}: {UNREADABLE} ({error})") from error
 

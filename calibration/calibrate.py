@@ -36,20 +36,20 @@ class CalibrationSettings:
     """Everything calibration can be told. The defaults are the paper's.
 
     `limit`: most requests of each kind; with more, `seed` picks the subset. `batch_size`: requests per
-    forward pass; it does not change the result. `data`: how the requests are read.
+    forward pass, chosen by the model when None; it does not change the result. `data`: how the requests are read.
     """
 
     steering: SteeringSettings = field(default_factory=SteeringSettings)
     refusal_prompt: str = REFUSAL_PROMPT
     limit: int | None = 100
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int | None = None
     data: ReadSettings = field(default_factory=ReadSettings)
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit is {self.limit}; expected at least 1")
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"batch size is {self.batch_size}; expected at least 1")
 
 
@@ -106,7 +106,7 @@ def calibrate(
         lalm = (loading or ModelOptions()).load(model, device=device, dtype=dtype, device_map=run.device_map)
     clips = Clips(lalm)
     harmful_set, benign_set = (
-        clips.checked(data, settings.data.on_error) for data in (harmful_set, benign_set)
+        data.checked(clips.check, settings.data.on_error) for data in (harmful_set, benign_set)
     )
     check_benign_count(benign_set.requests, benign_set.source)
     provenance = calibration_provenance(lalm, harmful_set, benign_set, settings)

@@ -29,7 +29,14 @@ from calibration.prompt_passes import PromptPasses, Verdict
 from calibration.statistics import StateStatistics, added, total
 from calibration.steered import steered
 from calibration.unfinished import Found, UnfinishedFile
-from calibration.workers import FirstAlone, in_order, one_thread_each, sharing_weights, worker_count
+from calibration.workers import (
+    FirstAlone,
+    default_batch_size,
+    in_order,
+    one_thread_each,
+    sharing_weights,
+    worker_count,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,10 +60,11 @@ SAVE_SECONDS = 60.0
 class Collecting:
     """How a collection is run, without effect on what comes out.
 
-    `batch_size`: requests per pass. `unfinished`: where to keep what an interrupted run found, and to go on from.
+    `batch_size`: requests per pass, None for `default_batch_size`. `unfinished`: where to keep what an interrupted
+    run found, and to go on from.
     """
 
-    batch_size: int = 16
+    batch_size: int | None = None
     progress: Progress | None = None
     unfinished: UnfinishedFile | None = None
     processes: Processes = field(default_factory=Processes)
@@ -108,6 +116,7 @@ class Collection:
         self._counts: dict[str, int] = {}
         self._shown: dict[str, int] = {}
         self._models = [lalm]
+        self._batch_size = how.batch_size or default_batch_size(lalm, sum(map(len, requests)))
 
     def begin(self, *, resume: bool = True) -> None:
         """Take up what earlier runs found, and say so; without `resume`, throw it away."""
@@ -140,10 +149,9 @@ class Collection:
         The refusal text is concatenated to the prompt verbatim, in the same user turn; the audio is the same. Raises
         `InputError` where the stream is not finite.
         """
-        self._clips.read((*self._harmful, *self._benign))
         batches = plan_batches(
             *([self._length(request) for request in kind] for kind in (self._harmful, self._benign)),
-            size=self._how.batch_size,
+            size=self._batch_size,
             done=self._done,
         )
         with self._kept_when_interrupted():
@@ -335,7 +343,7 @@ class Collection:
 
     def _of_earlier_runs(self) -> Sequence[Batch]:
         """This process's share of the requests of earlier runs, of which nothing was kept."""
-        size = self._how.batch_size
+        size = self._batch_size
         return self._how.processes.share(
             [
                 Batch(harmful, tuple(rows[start : start + size]))

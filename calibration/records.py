@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, NoReturn
 
-from calibration.audio import EmbeddedAudio, audio_sha256, check_header
+from calibration.audio import EmbeddedAudio, audio_sha256, header_seconds
 from calibration.errors import BadRecordsError, InputError
 
 if TYPE_CHECKING:
@@ -155,28 +154,21 @@ def is_text(value: object) -> bool:
 def check_audio_file(request: SpokenRequest) -> None:
     """Raise `InputError` for a request whose clip is missing or whose header cannot be read."""
     if request.audio is not None:
-        check_header(request.audio)
+        header_seconds(request.audio)
 
 
 def split_bad(
-    requests: Sequence[SpokenRequest], check: Callable[[SpokenRequest], object], *, threads: int = 1
+    requests: Iterable[SpokenRequest], check: Callable[[SpokenRequest], object]
 ) -> tuple[list[SpokenRequest], list[BadRecord]]:
-    """The requests for which `check` raises no `InputError`, and the others with what it says.
-
-    Order is kept, also when several `threads` check.
-    """
-
-    def reason(request: SpokenRequest) -> str | None:
+    """The requests for which `check` raises no `InputError`, and the others with what it says."""
+    good, bad = [], []
+    for request in requests:
         try:
             check(request)
         except InputError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(threads) as pool:
-        judged = list(zip(requests, pool.map(reason, requests), strict=True))
-    good = [request for request, why in judged if why is None]
-    bad = [BadRecord(one.where or str(one.audio), why) for one, why in judged if why is not None]
+            bad.append(BadRecord(request.where or str(request.audio), str(error)))
+        else:
+            good.append(request)
     return good, bad
 
 

@@ -55,14 +55,12 @@ class RequestSet:
     requests: tuple[SpokenRequest, ...]
     skipped: tuple[BadRecord, ...] = ()
 
-    def checked(
-        self, check: Callable[[SpokenRequest], object], on_error: OnError, *, threads: int = 1
-    ) -> RequestSet:
-        """The same without the requests for which `check` raises `InputError`, called by so many threads.
+    def checked(self, check: Callable[[SpokenRequest], object], on_error: OnError) -> RequestSet:
+        """The same without the requests for which `check` raises `InputError`.
 
         Under `STOP` they are refused, all in one `InputError`; under `SKIP` one warning counts them.
         """
-        good, bad = split_bad(self.requests, check, threads=threads)
+        good, bad = split_bad(self.requests, check)
         settle(self.source, bad, len(self.requests), on_error)
         return dataclasses.replace(self, requests=tuple(good), skipped=(*self.skipped, *bad))
 

@@ -188,7 +188,12 @@ calibration_options = options(
         "--limit", default=100, show_default=True, help="Most requests of each kind to calibrate on."
     ),
     click.option("--seed", default=0, show_default=True, help="Seed of the subset when there are more."),
-    click.option("--batch-size", default=16, show_default=True, help="Requests per forward pass."),
+    click.option(
+        "--batch-size",
+        type=int,
+        default=None,
+        help="Requests per forward pass.  [default: 16; up to 32 for a small model on the CPU]",
+    ),
 )
 
 
@@ -303,7 +308,7 @@ def calibration_settings(
     from calibration.directions import SteeringSettings
 
     for name in ("limit", "batch_size"):
-        if given[name] < 1:
+        if given[name] is not None and given[name] < 1:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; expected at least 1")
     layers, refusal_prompt = given.pop("layers"), given.pop("refusal_prompt")
     return CalibrationSettings(

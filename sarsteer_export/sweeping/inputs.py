@@ -68,13 +68,10 @@ def read_inputs(model: Path, settings: SweepSettings) -> SweepInputs:
         check_kinds(found[HARMFUL].requests, found[BENIGN].requests)
     lalm = settings.loading.load(model, device=settings.device, dtype=settings.dtype)
     clips = Clips(lalm)
-    on_error = settings.data.on_error
+    checks = {"calibration": clips.check, "held_out": lambda request: check_clip(lalm, request)}
     checked = {
-        "calibration": {kind: clips.checked(one, on_error) for kind, one in read["calibration"].items()},
-        "held_out": {
-            kind: one.checked(lambda request: check_clip(lalm, request), on_error)
-            for kind, one in read["held_out"].items()
-        },
+        name: {kind: one.checked(checks[name], settings.data.on_error) for kind, one in kinds.items()}
+        for name, kinds in read.items()
     }
     for name, kinds in checked.items():
         for kind, one in kinds.items():

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import soxr
 
-from calibration.audio import EmbeddedAudio, audio_sha256, check_header, load_audio
+from calibration.audio import EmbeddedAudio, audio_sha256, header_seconds, load_audio
 from calibration.errors import InputError
 
 RATE = 16_000
@@ -181,13 +181,13 @@ def test_embedded_audio_is_read_when_it_is_needed_and_says_what_a_file_says(tmp_
         load_audio(clip, sampling_rate=RATE), load_audio(tmp_path / "a.flac", sampling_rate=RATE)
     )
     assert audio_sha256(clip) == audio_sha256(tmp_path / "a.flac")
-    check_header(clip)
+    header_seconds(clip)
     assert len(reads) == 3
 
 
 def test_embedded_audio_that_is_none_is_refused_with_its_name() -> None:
     clip = EmbeddedAudio("data, row 3", lambda: b"nonsense")
-    for refused in (check_header, lambda source: load_audio(source, sampling_rate=RATE)):
+    for refused in (header_seconds, lambda source: load_audio(source, sampling_rate=RATE)):
         with pytest.raises(
             InputError, match=r"audio data, row 3: not a readable audio file; expected wav, flac"
         ):
@@ -199,4 +199,4 @@ def test_a_file_that_is_called_raw_is_refused_like_any_other_nonsense(tmp_path: 
     with pytest.raises(InputError, match=r"a\.raw: not a readable audio file"):
         load_audio(tmp_path / "a.raw", sampling_rate=RATE)
     with pytest.raises(InputError, match=r"a\.raw: not a readable audio file"):
-        check_header(tmp_path / "a.raw")
+        header_seconds(tmp_path / "a.raw")

@@ -30,6 +30,16 @@ def plan_with(seen: object) -> SteeringPlan:
     return SteeringPlan(4, 1, (Add(0, np.ones(4, np.float32)),), {} if seen is None else {"seen": seen})
 
 
+def test_the_bytes_of_a_clip_are_read_once(tmp_path: Path) -> None:
+    first, second = (request(tmp_path, number, f"{number}") for number in range(2))
+    alone = SpokenRequest(None, "text alone")
+    wanted = seen_digests([first, alone]), first.audio_sha256
+    Path(str(first.audio)).unlink()
+    check_kinds([first, alone], [second])
+    assert (seen_digests([first, alone]), first.audio_sha256) == wanted
+    assert alone.audio_sha256 is None
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> tuple[SpokenRequest, ...]:
     return tuple(request(tmp_path, number, f"How do I do {number}?") for number in range(3))

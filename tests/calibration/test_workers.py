@@ -15,7 +15,15 @@ from calibration.calibrate import CalibrationSettings, calibrate
 from calibration.continuation import Past
 from calibration.directions import SteeringSettings
 from calibration.lalm import Lalm
-from calibration.workers import in_order, one_thread_each, sharing_weights, worker_count
+from calibration.workers import (
+    BATCH_SIZE,
+    FirstAlone,
+    default_batch_size,
+    in_order,
+    one_thread_each,
+    sharing_weights,
+    worker_count,
+)
 
 
 def test_results_come_in_order_from_all_workers_at_the_same_time() -> None:
@@ -30,6 +38,35 @@ def test_results_come_in_order_from_all_workers_at_the_same_time() -> None:
     assert list(in_order(["a", "b"], range(6), work)) == [(n, n * n) for n in range(6)]
     assert {worker for worker, _ in used} == {"a", "b"}
     assert list(in_order(["a"], [], work)) == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_done_before_the_first_but_all_is_prepared(fails: bool) -> None:
+    things = [object() for _ in range(4)]
+    second_prepared, second_done = threading.Event(), threading.Event()
+
+    def prepare(_worker: str, thing: object) -> int:
+        number = things.index(thing)
+        if number == 1:
+            second_prepared.set()
+        return number
+
+    def do(_worker: str, number: int) -> int:
+        if number == 0:
+            assert second_prepared.wait(timeout=30)  # at the same time, or never
+            assert not second_done.wait(timeout=0.1)
+            if fails:
+                raise ZeroDivisionError
+        if number == 1:
+            second_done.set()
+        return number
+
+    running = in_order(["a", "b"], things, FirstAlone(prepare, do, things[0]))
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            list(running)
+    else:
+        assert list(running) == list(zip(things, range(4), strict=True))
 
 
 def test_an_error_in_a_worker_is_raised() -> None:
@@ -55,8 +92,10 @@ def test_only_small_models_on_the_cpu_run_several_batches_at_once(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert worker_count(lalm) == 3
+    assert [default_batch_size(lalm, requests) for requests in (1, 60, 1000)] == [8, 10, 32]
     monkeypatch.setattr(workers, "SMALL_PARAMETERS", 1000)
     assert worker_count(lalm) == 1
+    assert [default_batch_size(lalm, requests) for requests in (1, 1000)] == [BATCH_SIZE, BATCH_SIZE]
 
 
 def test_threads_are_as_before() -> None:
