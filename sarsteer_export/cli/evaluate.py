@@ -15,6 +15,7 @@ from sarsteer_export.cli.options import (
     FOLDER,
     chosen_model_options,
     data_options,
+    device_map_option,
     engine_option,
     force_option,
     judge_options,
@@ -37,8 +38,9 @@ OF_A_CHECKPOINT = (
     "projector",
     "adapter",
     "trust_remote_code",
+    "device_map",
 )
-"""The values of `model_options`."""
+"""The values of `model_options` and `device_map_option`."""
 
 
 @click.command("evaluate", cls=Command)
@@ -81,6 +83,7 @@ OF_A_CHECKPOINT = (
     default=None,
     help="Precision of the eager model.  [default: the bundle's, else float32]",
 )
+@device_map_option
 @model_options
 @click.option("--output", "-o", type=FOLDER, default=None, help="Folder to write results and outputs to.")
 @force_option
@@ -129,7 +132,10 @@ def command(target: Path, output: Path | None, overwrite: bool, as_json: bool, *
 
 
 def loading_of(target: Path, given: dict[str, Any]) -> ModelOptions | None:
-    """Take the values of `model_options` out of `given`; None where no checkpoint is loaded, which needs no PyTorch."""
+    """Take the values of `model_options` out of `given`; None where no checkpoint is loaded, which needs no PyTorch.
+
+    Raises `InputError` where none is loaded and there is something to be said of it in `given`.
+    """
     from sarsteer_export.evaluation.evaluate import is_bundle
 
     if given["model"] is not None or not is_bundle(target):

@@ -55,6 +55,12 @@ device_options = options(
         help="Precision of the model.",
     ),
 )
+device_map_option = click.option(
+    "--device-map",
+    type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
+    default=None,
+    help="Let accelerate spread the model over all devices, instead of --device.",
+)
 model_options = options(
     *(
         click.option(f"--{option}", option.replace("-", "_"), default=None, metavar="MODULE", help=meaning)

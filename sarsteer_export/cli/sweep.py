@@ -14,6 +14,7 @@ from sarsteer_export.cli.options import (
     FOLDER,
     chosen_model_options,
     data_options,
+    device_map_option,
     device_options,
     judge_options,
     judge_settings,
@@ -107,6 +108,7 @@ Number = TypeVar("Number", int, float)
 @click.option("--confidence", default=0.95, show_default=True, help="Confidence of every interval.")
 @click.option("--seed", default=0, show_default=True, help="Seed of subsets and resamples.")
 @device_options
+@device_map_option
 @model_options
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run of this sweep measured.")
 @overwrite_option

@@ -53,7 +53,8 @@ class EvaluationSettings:
     `model`: the checkpoint a bundle was made from, to ask the eager model too. `engine`: what runs the bundle.
     `random_seeds`: one random control per plan and seed; none leaves them out. `limit`: the most requests of each
     kind, drawn with the seed of `bootstrap`. `loading`: how the eager model is loaded and driven. `dtype`: its
-    precision, by default the bundle's, else float32.
+    precision, by default the bundle's, else float32. `device_map`: how accelerate spreads it over devices, instead
+    of `device`.
     """
 
     harmful: str | Path
@@ -70,6 +71,7 @@ class EvaluationSettings:
     limit: int | None = None
     loading: ModelOptions | None = None
     device: str = "cpu"
+    device_map: str | dict[str, Any] | None = None
     dtype: str | None = None
     force: bool = False
 
@@ -279,7 +281,9 @@ def _eager(folder: Path, dtype: str, settings: EvaluationSettings) -> tuple[Lalm
     from calibration.model_options import ModelOptions
     from sarsteer_export.evaluation.eager import EagerRespondent
 
-    lalm = (settings.loading or ModelOptions()).load(folder, device=settings.device, dtype=dtype)
+    lalm = (settings.loading or ModelOptions()).load(
+        folder, device=settings.device, dtype=dtype, device_map=settings.device_map
+    )
     return lalm, EagerRespondent(lalm, force=settings.force)
 
 

@@ -13,8 +13,10 @@ import soundfile
 from click.testing import Result
 
 from calibration.plan import SteeringPlan
+from sarsteer_export import EvaluationSettings, MeasureSettings, evaluate
 from sarsteer_export.bundle.manifest import PLAN, UNSTEERED_DECODER
 from sarsteer_export.evaluation.figures import FIGURES
+from sarsteer_export.evaluation.intervals import Bootstrap
 from tests import tiny_lalm
 from tests.sarsteer_export.command_line import (
     answered,
@@ -141,7 +143,7 @@ def test_the_table_has_a_line_per_system_and_says_what_its_intervals_are(
     assert "eager" not in text
 
 
-def test_a_checkpoint_is_evaluated_with_plans(
+def test_a_checkpoint_is_evaluated_with_plans_also_spread_over_devices(
     inputs: Inputs, bundle_path: Path, held_out: tuple[str | Path, ...]
 ) -> None:
     plan = bundle_path / PLAN
@@ -150,6 +152,10 @@ def test_a_checkpoint_is_evaluated_with_plans(
     assert [row["system"] for row in found["systems"]] == ["undefended", "ours", "random, ours"]
     assert found["agreement"] == []
     assert found["plans"] == {"ours": SteeringPlan.load(plan).digest()}
+    loading = {"plans": {"ours": plan}, "random_seeds": (), "limit": 3, "device_map": tiny_lalm.SPLIT}
+    size = {"measure": MeasureSettings(max_new_tokens=3), "bootstrap": Bootstrap(resamples=200)}
+    spread = evaluate(inputs.model, EvaluationSettings(*held_out[1::2], **loading, **size)).to_json()
+    assert [row["figures"] for row in spread["systems"]] == [row["figures"] for row in found["systems"][:2]]
 
 
 def test_a_bundle_without_an_unsteered_decoder_is_asked_what_it_can_be(
@@ -194,6 +200,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
     other_checkpoint: Path,
     held_out: tuple[str | Path, ...],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     call = ("evaluate", bundle_path, *held_out, *QUICK, "-o", tmp_path / "results")
     plan = bundle_path / PLAN
@@ -203,6 +210,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
     refused(sarsteer(*call, "--plan", "undefended=" + str(plan)), "the label 'undefended' is taken")
     refused(sarsteer(*call, "--plan", f"a={plan}", "--plan", f"a={plan}"), "the label 'a' is taken")
     refused(sarsteer(*call, "--decoder", "model.layers"), "--decoder is about a checkpoint")
+    refused(sarsteer(*call, "--device-map", "auto"), "--device-map is about a checkpoint")
     refused(sarsteer(*call, "--random-seeds", "0,x"), "are no numbers")
     refused(sarsteer(*call, "--random-seeds", "1,1"), "expected different numbers")
     refused(sarsteer(*call, "--bootstrap", "5"), "expected 100 to")
@@ -212,6 +220,9 @@ def test_bad_input_is_refused_and_nothing_is_written(
     refused(sarsteer(*call, *unreachable), "could not be reached", code=3)
     model = ("evaluate", inputs.model, *held_out, *QUICK)
     refused(sarsteer(*model), "give at least one --plan")
+    with monkeypatch.context() as without:
+        without.setattr("calibration.placement.find_spec", lambda name: None)
+        refused(sarsteer(*model, "--plan", plan, "--device-map", "auto"), "needs accelerate", code=3)
     refused(sarsteer(*model, "--plan", plan, "--model", inputs.model), "is a checkpoint itself")
     refused(sarsteer(*model, "--plan", plan, "--engine", "onnxruntime-cuda"), "runs a bundle")
     refused(sarsteer("evaluate", tmp_path, *held_out), "config.json cannot be read")

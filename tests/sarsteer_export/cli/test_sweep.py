@@ -11,6 +11,8 @@ import pytest
 from click.testing import Result
 
 from calibration.plan import SteeringPlan
+from sarsteer_export import Grid, MeasureSettings, SweepSettings, sweep
+from sarsteer_export.evaluation.intervals import Bootstrap
 from sarsteer_export.sweeping import sweep as sweeping
 from tests import tiny_lalm
 from tests.sarsteer_export.command_line import (
@@ -165,6 +167,27 @@ def test_other_limits_choose_again_from_what_is_measured(
         )
     )
     assert counted == [0.5]
+
+
+def test_a_model_spread_over_devices_is_measured_alike(
+    call: Arguments,
+    swept: tuple[Path, Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = SweepSettings(
+        *call[3:10:2],
+        grid=Grid(alphas=(0.5,), ranks=(2,)),
+        measure=MeasureSettings(max_new_tokens=3),
+        bootstrap=Bootstrap(resamples=200),
+        device_map=tiny_lalm.SPLIT,
+    )
+    (point,) = sweep(call[1], settings, tmp_path / "sweep").to_json()["points"]
+    wanted = answered_json(swept[1])["points"][3]
+    names = ("rank", "alpha", "figures")
+    assert [point[name] for name in names] == [wanted[name] for name in names]
+    monkeypatch.setattr("calibration.placement.find_spec", lambda name: None)
+    refused(sarsteer(*call, "--device-map", "auto", "-o", tmp_path / "other"), "needs accelerate", code=3)
 
 
 def test_a_line_without_hope_is_given_up(call: Arguments, tmp_path: Path, counted: list[float]) -> None:
