@@ -15,17 +15,17 @@ from graph_passes.attention import cache_inputs
 from graph_passes.fused_norms import fused_sums, split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex
 from graph_passes.names import is_steering
-from graph_passes.transparent import TRANSPARENT_OPS
+from graph_passes.residual_add import skip_and_branches, terms_of
+from graph_passes.transparent import FORM_OPS, TRANSPARENT_OPS, reshaped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from onnx import ModelProto, NodeProto
 
+    from graph_passes.residual_add import SkipAndBranches
     from graph_passes.residual_stream import ResidualStream
 
-FORM_OPS = TRANSPARENT_OPS | {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
-"""What changes the form of a tensor and none of its values."""
 REDUCTIONS = frozenset({"ReduceMean", "ReduceL2", "ReduceSumSquare"})
 ACTIVATIONS = frozenset(
     {
@@ -74,16 +74,12 @@ def block_sums(model: ModelProto, stream: ResidualStream, layer: int) -> tuple[R
         node = index.producer_of(tensor)
         if node is None:
             return ()
-        terms = list(dict.fromkeys(_terms(index, node)))
-        skip = _skip(index, terms)
-        if skip is not None and len(terms) > 1:
-            origin = origins.get(node.output[0], node)
-            sums.append(_sum(index, origin, skip, [term for term in terms if term != skip]))
-        elif len(terms) == 1:
-            skip = terms[0]
-        else:
+        found, terms = skip_and_branches(index, node, reshaped), terms_of(index, node)
+        if found is not None:
+            sums.append(_sum(index, origins.get(node.output[0], node), found))
+        elif len(terms) != 1:
             return ()
-        tensor = _source(index, skip)
+        tensor = _source(index, terms[0] if found is None else found.skip)
     return tuple(reversed(sums))
 
 
@@ -98,13 +94,6 @@ def final_norm(model: ModelProto, stream: ResidualStream) -> Part | None:
     return _norm(nodes) or Part("norm", "final norm", (_listed(nodes),))
 
 
-def reshaped(index: GraphIndex, tensor: str) -> str:
-    """The tensor of which `tensor` is another form."""
-    while (node := index.producer_of(tensor)) is not None and node.op_type in FORM_OPS:
-        tensor = node.input[0]
-    return tensor
-
-
 def _source(index: GraphIndex, tensor: str) -> str:
     while (node := index.producer_of(tensor)) is not None and (
         node.op_type in TRANSPARENT_OPS or is_steering(node)
@@ -113,32 +102,9 @@ def _source(index: GraphIndex, tensor: str) -> str:
     return tensor
 
 
-def _terms(index: GraphIndex, node: NodeProto) -> list[str]:
-    """What a node joins; a sum of sums, as parallel blocks have it, is taken apart."""
-    terms, pending = [], list(node.input)[::-1]
-    while pending:
-        name = pending.pop()
-        producer = index.producer_of(name)
-        nested = producer is not None and producer.op_type == node.op_type == "Add"
-        if nested and producer is not None and len(index.consumers[name]) == 1:
-            pending += list(producer.input)[::-1]
-        elif name and index.is_computed(name):
-            terms.append(name)
-    return terms
-
-
-def _skip(index: GraphIndex, terms: Sequence[str]) -> str | None:
-    """The term from which all others are computed by way of a matrix product."""
-    for skip in terms:
-        start = index.bit(reshaped(index, skip))
-        if all(index.ancestors_through_matmul(term) & start for term in terms if term != skip):
-            return skip
-    return None
-
-
-def _sum(index: GraphIndex, node: NodeProto, skip: str, terms: Sequence[str]) -> ResidualSum:
-    before, start = index.ancestors(skip), reshaped(index, skip)
-    branches = [_Branch(index, term, before, start) for term in terms]
+def _sum(index: GraphIndex, node: NodeProto, found: SkipAndBranches) -> ResidualSum:
+    before, start = index.ancestors(found.skip), reshaped(index, found.skip)
+    branches = [_Branch(index, term, before, start) for term in found.branches]
     common = branches[0].before if len(branches) > 1 else []
     shared = _norm(common) if all(branch.before == common for branch in branches) else None
     return ResidualSum(

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from calibration.errors import InputError, UnsupportedError
-from graph_passes.block_structure import reshaped
 from graph_passes.fused_norms import ZEROS, split_fused_norms
 from graph_passes.graph_index import MATMUL_OPS, GraphIndex, describe
 from graph_passes.names import is_steering
+from graph_passes.residual_add import come_from
 from graph_passes.scopes import decoder_scopes
 from graph_passes.sites_file import ELEMENT_TYPES, FORMAT, VERSION
 from graph_passes.stream_table import dtype_name
 from graph_passes.tensor_types import fixed, recorded_types
+from graph_passes.transparent import reshaped
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TypeProto
@@ -130,7 +131,7 @@ def _joins(index: GraphIndex) -> dict[str, NodeProto]:
         for skip in computed:
             origin = reshaped(index, skip)
             others = [name for name in computed if name != skip]
-            if all(index.ancestors_through_matmul(name) & index.bit(origin) for name in others):
+            if come_from(index, others, origin):
                 start = index.bit(origin)
             elif origin in starts and all(_is_beside(index, name, origin, starts[origin]) for name in others):
                 start = starts[origin]

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 from onnx import TensorProto, helper
 
+from graph_passes.final_norm import SELECTION_OPS
 from graph_passes.fused_norms import WEIGHTS, split_fused_norms
 from graph_passes.graph_index import GraphIndex, describe
 from graph_passes.names import is_steering
-from graph_passes.residual_stream import SELECTION_OPS
 from graph_passes.transparent import TRANSPARENT_OPS
 
 if TYPE_CHECKING:

@@ -1,4 +1,7 @@
-"""Nodes that hand on a tensor's values: casts, pairs of `QuantizeLinear` and `DequantizeLinear`, and scales."""
+"""Nodes that hand on a tensor's values: casts, other shapes, Q/DQ pairs, scales; and walking back over them.
+
+A Q/DQ pair is a `QuantizeLinear` and the `DequantizeLinear` behind it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ if TYPE_CHECKING:
     from graph_passes.graph_index import GraphIndex
 
 TRANSPARENT_OPS = frozenset({"Cast", "Identity"})
+FORM_OPS = TRANSPARENT_OPS | {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
+"""What changes the form of a tensor and none of its values."""
 QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 QUANTISING_OPS = frozenset({"QuantizeLinear", "DynamicQuantizeLinear"})
 """What makes integers of a float tensor, its first input."""
@@ -71,3 +76,37 @@ def behind_scale(index: GraphIndex, tensor: str) -> str | None:
     if len(readers) != 1 or not (outputs := index.nodes[readers[0]].output):
         return None
     return outputs[0] if before_scale(index, outputs[0]) == tensor else None
+
+
+def source_of(index: GraphIndex, tensor: str) -> str:
+    """The tensor that `tensor` is, seen through casts, Q/DQ pairs and steering already in the graph."""
+    while (node := index.producer_of(tensor)) is not None:
+        before = node.input[0] if is_steering(node) else handed_on(index, node)
+        if before is None:
+            break
+        tensor = before
+    return tensor
+
+
+def uncast(index: GraphIndex, tensor: str) -> str:
+    """The tensor that `tensor` is, seen through casts and Q/DQ pairs."""
+    while (node := index.producer_of(tensor)) is not None:
+        if (before := handed_on(index, node)) is None:
+            break
+        tensor = before
+    return tensor
+
+
+def unquantised(index: GraphIndex, tensor: str) -> str:
+    """What `tensor` was before its Q/DQ pair."""
+    node = index.producer_of(tensor)
+    if node is None or node.op_type != "DequantizeLinear":
+        return tensor
+    return handed_on(index, node) or tensor
+
+
+def reshaped(index: GraphIndex, tensor: str) -> str:
+    """The tensor of which `tensor` is another form."""
+    while (node := index.producer_of(tensor)) is not None and node.op_type in FORM_OPS:
+        tensor = node.input[0]
+    return tensor

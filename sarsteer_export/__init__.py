@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from graph_passes.audit_report import AuditReport
     from graph_passes.selection import LastFrom, PromptFrom, SteeringInputs, StrengthInput
     from sarsteer_export.auditing import audit
-    from sarsteer_export.build_inputs import BuildSettings
+    from sarsteer_export.building.settings import BuildSettings
     from sarsteer_export.bundle.bundle import Bundle, load_bundle
     from sarsteer_export.engine_build import EngineSettings, build_engines
-    from sarsteer_export.evaluation.evaluate import EvaluationSettings, evaluate
+    from sarsteer_export.evaluation.evaluate import evaluate
     from sarsteer_export.evaluation.intervals import Bootstrap
     from sarsteer_export.evaluation.measure import MeasureSettings
+    from sarsteer_export.evaluation.settings import EvaluationSettings
     from sarsteer_export.exporting.export import export
     from sarsteer_export.interchange.convert import ConversionSettings, convert
     from sarsteer_export.interchange.fitting import AllowedLosses
@@ -48,14 +49,14 @@ _HOMES = {
     "AllowedLosses": "sarsteer_export.interchange.fitting",
     "AuditReport": "graph_passes.audit_report",
     "Bootstrap": "sarsteer_export.evaluation.intervals",
-    "BuildSettings": "sarsteer_export.build_inputs",
+    "BuildSettings": "sarsteer_export.building.settings",
     "Bundle": "sarsteer_export.bundle.bundle",
     "CalibrationSettings": "calibration.calibrate",
     "Candidates": "sarsteer_export.sweeping.choice",
     "CombineRule": "calibration.combine",
     "ConversionSettings": "sarsteer_export.interchange.convert",
     "EngineSettings": "sarsteer_export.engine_build",
-    "EvaluationSettings": "sarsteer_export.evaluation.evaluate",
+    "EvaluationSettings": "sarsteer_export.evaluation.settings",
     "Grid": "sarsteer_export.sweeping.grid",
     "JudgeSettings": "sarsteer_export.judges.settings",
     "LastFrom": "graph_passes.selection",

@@ -8,106 +8,55 @@ stands at the output are taken from it.
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calibration.calibrate import CalibrationRun, calibrate, unfinished_of
-from calibration.checkpoint import parameter_count
-from calibration.errors import InputError, ParityError, UnsupportedError
-from calibration.model_options import driven_by
+from calibration.errors import ParityError, UnsupportedError
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.states import check_clip
 from calibration.unfinished import UnfinishedFile
 from engines.backends import Runtime
 from engines.report import ParityReport, Verdict
-from graph_passes.interface import graph_inputs, graph_outputs
 from graph_passes.onnx_file import read_graph, write_graph
-from graph_passes.patch import PatchResult, patch_model
+from graph_passes.patch import patch_model
 from sarsteer_export.around_decoder import ROLLOUT_TOKENS
 from sarsteer_export.behaviour import BATCH_SIZE, BehaviourReport, measure_behaviour
-from sarsteer_export.build_inputs import (
-    BYTES_PER_PARAMETER,
-    PACKAGES,
-    BuildInputs,
-    BuildSettings,
-    engine_stage,
-    read_inputs,
+from sarsteer_export.building.inputs import BuildInputs, engine_stage, read_inputs
+from sarsteer_export.building.manifest import describe
+from sarsteer_export.building.reports import BuildResult, data_counts, finish, up_to_date, with_table
+from sarsteer_export.building.reuse import (
+    check_known_range,
+    copy_engine,
+    copy_export,
+    earlier_bundle,
+    reusable_stages,
 )
-from sarsteer_export.build_reuse import copy_engine, copy_export, earlier_bundle, reusable_stages
+from sarsteer_export.building.space import check_space, needed_bytes
 from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.manifest import (
-    BEHAVIOUR_REPORT,
-    COMPONENTS,
-    FRONTEND,
-    MANIFEST,
     ONNX_FOLDER,
-    PARITY_PAGE,
-    PARITY_REPORT,
     PLAN,
     STEERED_DECODER,
     UNSTEERED_DECODER,
     EngineEntry,
-    Manifest,
-    describe_files,
 )
 from sarsteer_export.bundle_engines import add_engine, prove_engine, rows_of
-from sarsteer_export.bundle_frontend import frontend_of, missing_frontend, write_frontend
+from sarsteer_export.bundle_frontend import missing_frontend, write_frontend
 from sarsteer_export.exporting.export import export
 from sarsteer_export.parity_run import ParityRun, parity_requests
 from sarsteer_export.prompt_lengths import Asked, check_prompts
 from sarsteer_export.range_guard import check_range
-from sarsteer_export.report_page import parity_page
-from sarsteer_export.staging import check_output, nearest_folder, staged_directory
+from sarsteer_export.staging import check_output, staged_directory
 from sarsteer_export.twin import executable
-from sarsteer_export.versions import installed_versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from calibration.lalm import Lalm
     from calibration.states import Progress
+    from sarsteer_export.building.settings import BuildSettings
     from sarsteer_export.judges.judge import Judge
-
-
-BYTES_BESIDE_WEIGHTS = 2_000_000
-"""Graphs, tokenizer and reports of a small model's bundle; a 7B's are some megabytes more."""
-BYTES_BESIDE_ENGINE_WEIGHTS = 12_000_000
-"""What an engine of TensorRT-RTX holds beside its weights, its kernels: `benchmarks/engine_build.py` shows its size."""
-MEMORY_PER_PARAMETER = {"float32": 12, "float16": 6, "bfloat16": 14}
-"""Bytes held at once at the peak: the eager model, the traced program and a runtime session; in bfloat16 the model,
-its copy in float32 and two sessions of the float32 twin."""
-
-
-@dataclass(frozen=True)
-class BuildPreview:
-    """What a build would do: steps with their fate, and estimates of what it needs."""
-
-    steps: tuple[tuple[str, str], ...]
-    parameters: int
-    disk_bytes: int
-    memory_bytes: int
-
-
-@dataclass(frozen=True)
-class BuildResult:
-    """A finished bundle, its reports as JSON, its engines, and the stages taken from an earlier build.
-
-    `engine_behaviour`: behaviour on every engine that it was measured on, by the engine's label; each report holds
-    its table. `data`: what was calibrated on and what was held out, by kind, counted.
-    """
-
-    path: Path
-    parity: dict[str, Any]
-    parity_table: str
-    behaviour: dict[str, Any] | None
-    behaviour_table: str | None
-    engines: tuple[EngineEntry, ...]
-    engine_behaviour: dict[str, dict[str, Any]]
-    reused: tuple[str, ...]
-    data: dict[str, dict[str, Any]]
 
 
 def build(
@@ -125,9 +74,9 @@ def build(
     reusable = reusable_stages(target, earlier, inputs)
     if earlier is not None and "verify" in reusable:
         check_known_range(target, reusable, settings)
-        return _up_to_date(target, earlier)
+        return up_to_date(target, earlier)
     check_output(target, overwrite=settings.overwrite)
-    _check_space(target, _needed_bytes(inputs.model, settings))
+    check_space(target, needed_bytes(inputs.model, settings))
     with staged_directory(target, overwrite=settings.overwrite) as folder:
         judge = settings.judge.open(device=settings.device) if inputs.evaluation else None
         lalm = settings.loading.load(inputs.model, device=settings.device, dtype=settings.dtype)
@@ -179,7 +128,7 @@ def build(
             if judge is not None and judged.verdict is Verdict.PASSED
         ]
         manifest = finish(folder, manifest, report, proven, behaviour, measured, inputs, settings)
-    measured_on_graphs = None if behaviour is None else _with_table(behaviour, inputs, settings)
+    measured_on_graphs = None if behaviour is None else with_table(behaviour, inputs, settings)
     return BuildResult(
         path=target,
         parity=report.to_json(),
@@ -187,52 +136,10 @@ def build(
         behaviour=measured_on_graphs,
         behaviour_table=None if measured_on_graphs is None else measured_on_graphs["table"],
         engines=manifest.engines,
-        engine_behaviour={entry.label: _with_table(found, inputs, settings) for entry, found in measured},
+        engine_behaviour={entry.label: with_table(found, inputs, settings) for entry, found in measured},
         reused=reusable,
-        data=_data_counts(plan, measured_on_graphs),
+        data=data_counts(plan, measured_on_graphs),
     )
-
-
-def preview(model: str | Path, output: str | Path, settings: BuildSettings) -> BuildPreview:
-    """Say what `build` would do and need, and write nothing.
-
-    Raises what bad input would raise, as far as it shows without loading the model: samples are not read.
-    """
-    target = Path(output)
-    inputs = read_inputs(Path(model), settings)
-    earlier = earlier_bundle(target)
-    parameters = parameter_count(inputs.model)
-    disk = _disk_bytes(inputs.model, settings)
-    reusable = reusable_stages(target, earlier, inputs)
-    check_known_range(target, reusable, settings)
-    if "verify" in reusable:
-        steps = [(stage, "up to date") for stage in inputs.stages]
-    else:
-        check_output(target, overwrite=settings.overwrite)
-        _check_space(target, _needed_bytes(inputs.model, settings))
-        steps = [(stage, "reused" if stage in reusable else "run") for stage in inputs.stages]
-    memory = parameters * MEMORY_PER_PARAMETER[settings.dtype]
-    return BuildPreview(tuple(steps), parameters, disk, memory)
-
-
-def check_known_range(target: Path, reusable: Sequence[str], settings: BuildSettings) -> None:
-    """Hold the guard against what a build takes from the bundle at its output, as far as that has plan and graph.
-
-    Whether an overflow was allowed then says nothing of now. Raises `InputError` as `check_range` does.
-    """
-    if settings.plan is not None:
-        plan = settings.plan
-    elif "calibrate" in reusable:
-        plan = target / PLAN
-    else:
-        return
-    if "verify" in reusable:
-        decoder = STEERED_DECODER
-    elif "export" in reusable:
-        decoder = UNSTEERED_DECODER
-    else:
-        return
-    check_range(SteeringPlan.load(plan), read_graph(target / decoder), allow_overflow=settings.allow_overflow)
 
 
 def check_prompts_fit(lalm: Lalm, inputs: BuildInputs, settings: BuildSettings) -> None:
@@ -276,50 +183,6 @@ def export_components(lalm: Lalm, folder: Path, progress: Progress | None) -> di
     exported = export(lalm, folder / ONNX_FOLDER, progress=progress)
     exported.decoder.rename(folder / UNSTEERED_DECODER)
     return dict(exported.missing)
-
-
-def describe(
-    lalm: Lalm,
-    plan: SteeringPlan,
-    patched: PatchResult,
-    inputs: BuildInputs,
-    folder: Path,
-    missing: dict[str, str] | None = None,
-) -> Manifest:
-    """The manifest of a bundle folder, before it was proven; `missing`: what is not in it, with reasons."""
-    driven = driven_by(lalm)
-    graphs = {}
-    for file in COMPONENTS.values():
-        if not (folder / file).exists():
-            continue
-        graph = read_graph(folder / file)
-        graphs[file.as_posix()] = {
-            "inputs": [dataclasses.asdict(port) for port in graph_inputs(graph)],
-            "outputs": [dataclasses.asdict(port) for port in graph_outputs(graph)],
-        }
-    return Manifest(
-        versions=installed_versions(*PACKAGES),
-        model={
-            "class": type(lalm.model).__name__,
-            "fingerprint": lalm.fingerprint,
-            "dtype": str(lalm.model.dtype).removeprefix("torch."),
-            **({} if driven is None else {"driven_by": driven}),
-            FRONTEND: frontend_of(lalm),
-            "adapter": lalm.adapter_type.__name__,
-            "missing": missing or {},
-        },
-        tokens={
-            "audio": lalm.adapter.audio_token_id,
-            "end": list(lalm.adapter.end_token_ids),
-            "pad": lalm.adapter.pad_token_id,
-        },
-        graphs=graphs,
-        plan_sha256=plan.digest(),
-        edits=[dataclasses.asdict(edit) for edit in patched.edits],
-        parity={"verdict": None},
-        stages=inputs.stages,
-        files={},
-    )
 
 
 def prove(
@@ -391,110 +254,9 @@ def measure_engine(
         )
 
 
-def finish(
-    folder: Path,
-    manifest: Manifest,
-    report: ParityReport,
-    proven: Sequence[tuple[EngineEntry, ParityReport]],
-    behaviour: BehaviourReport | None,
-    measured: Sequence[tuple[EngineEntry, BehaviourReport]],
-    inputs: BuildInputs,
-    settings: BuildSettings,
-) -> Manifest:
-    """Write the reports and the final manifest."""
-    _write_parity(folder / PARITY_REPORT, report)
-    for entry, judged in proven:
-        _write_parity(folder / entry.report, judged)
-    if behaviour is not None:
-        _write_json(folder / BEHAVIOUR_REPORT, _with_table(behaviour, inputs, settings))
-    for entry, found in measured:
-        _write_json(folder / entry.behaviour, _with_table(found, inputs, settings))
-    if not settings.keep_unsteered:
-        (folder / UNSTEERED_DECODER).unlink()
-    parity = {"verdict": report.verdict.value, "backend": report.backend, "precision": report.precision}
-    (folder / MANIFEST).unlink()
-    engines = tuple(entry for entry, _ in proven)
-    final = dataclasses.replace(manifest, parity=parity, engines=engines, files=describe_files(folder))
-    final.write(folder)
-    return final
-
-
 def _check_verdict(engine: str, report: ParityReport, *good: Verdict) -> None:
     if report.verdict not in good:
         raise ParityError(
             f"parity of {engine} with the steered eager model failed; nothing was written:\n  "
             + "\n  ".join(report.failures())
         )
-
-
-def _data_counts(plan: SteeringPlan, behaviour: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """What a plan says of its calibration sets, and what a report on behaviour says of those held out."""
-    known = {kind: plan.provenance[kind] for kind in ("harmful", "benign") if kind in plan.provenance}
-    held_out = {} if behaviour is None else behaviour.get("held_out", {})
-    return known | {f"eval_{kind}": counts for kind, counts in held_out.items()}
-
-
-def _with_table(report: BehaviourReport, inputs: BuildInputs, settings: BuildSettings) -> dict[str, Any]:
-    """A report on behaviour as JSON; it says who judged, what was skipped, and how many requests were no new ones."""
-    table, overlap = report.table(), inputs.overlap
-    if any(overlap.counts.values()):
-        table += f"\nrequests that calibration saw: {overlap.text()}, which was allowed"
-    return report.to_json() | {
-        "held_out": inputs.held_out_counts,
-        "overlap": overlap.counts,
-        "judge": settings.judge.identity(),
-        "table": table,
-    }
-
-
-def _write_parity(path: Path, report: ParityReport) -> None:
-    path.parent.mkdir(exist_ok=True)
-    _write_json(path, report.to_json() | {"table": report.table()})
-    path.with_suffix(PARITY_PAGE.suffix).write_text(parity_page(report.to_json()), encoding="utf-8")
-
-
-def _needed_bytes(model: Path, settings: BuildSettings) -> int:
-    """About how much room a build takes at its peak: the bundle and, in bfloat16, its float32 twin."""
-    twin = parameter_count(model) * BYTES_PER_PARAMETER["float32"] if settings.dtype == "bfloat16" else 0
-    return _disk_bytes(model, settings) + twin
-
-
-def _disk_bytes(model: Path, settings: BuildSettings) -> int:
-    """About how large the bundle will be: the weights once for the graphs and once for every engine."""
-    built = [row for row in settings.engine.backends if row.runtime is Runtime.TENSORRT]
-    weights = parameter_count(model) * BYTES_PER_PARAMETER[settings.dtype]
-    return weights + BYTES_BESIDE_WEIGHTS + len(built) * (weights + BYTES_BESIDE_ENGINE_WEIGHTS)
-
-
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(nearest_folder(target)).free
-    if free < needed:
-        raise InputError(
-            f"{target}: building the bundle needs about {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free there"
-        )
-
-
-def _up_to_date(target: Path, manifest: Manifest) -> BuildResult:
-    parity = json.loads((target / PARITY_REPORT).read_text(encoding="utf-8"))
-    behaviour = None
-    if (target / BEHAVIOUR_REPORT).is_file():
-        behaviour = json.loads((target / BEHAVIOUR_REPORT).read_text(encoding="utf-8"))
-    return BuildResult(
-        path=target,
-        parity=parity,
-        parity_table=parity["table"],
-        behaviour=behaviour,
-        behaviour_table=None if behaviour is None else behaviour["table"],
-        engines=manifest.engines,
-        engine_behaviour={
-            entry.label: json.loads((target / entry.behaviour).read_text(encoding="utf-8"))
-            for entry in manifest.engines
-            if (target / entry.behaviour).is_file()
-        },
-        reused=tuple(manifest.stages),
-        data=_data_counts(SteeringPlan.load(target / PLAN), behaviour),
-    )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -79,9 +79,10 @@ def command(model: Path, output: Path, dry_run: bool, as_json: bool, **given: An
         --benign examples/pocket_lalm/data/train_benign.jsonl --alpha 0.5 --rank 2
     """
     from calibration.overlap import AllowedOverlap
-    from sarsteer_export.build_inputs import BuildSettings
+    from sarsteer_export.building.preview import preview
+    from sarsteer_export.building.settings import BuildSettings
     from sarsteer_export.parity_run import ParitySettings
-    from sarsteer_export.pipeline import build, preview
+    from sarsteer_export.pipeline import build
 
     loading = chosen_model_options(given)
     settings = BuildSettings(

@@ -103,9 +103,10 @@ def command(target: Path, output: Path | None, overwrite: bool, as_json: bool, *
         --harmful harmful.jsonl --benign benign.jsonl --judge-url http://localhost:8000/v1 --judge-model-name judge
     """
     from calibration.overlap import AllowedOverlap
-    from sarsteer_export.evaluation.evaluate import EvaluationSettings, evaluate
+    from sarsteer_export.evaluation.evaluate import evaluate
     from sarsteer_export.evaluation.intervals import Bootstrap
     from sarsteer_export.evaluation.measure import MeasureSettings
+    from sarsteer_export.evaluation.settings import EvaluationSettings
     from sarsteer_export.evaluation.written import write_results
     from sarsteer_export.staging import check_output
 
@@ -136,7 +137,7 @@ def loading_of(target: Path, given: dict[str, Any]) -> ModelOptions | None:
 
     Raises `InputError` where none is loaded and there is something to be said of it in `given`.
     """
-    from sarsteer_export.evaluation.evaluate import is_bundle
+    from sarsteer_export.evaluation.subjects import is_bundle
 
     if given["model"] is not None or not is_bundle(target):
         return chosen_model_options(given)

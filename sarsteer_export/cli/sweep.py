@@ -110,9 +110,14 @@ Number = TypeVar("Number", int, float)
 @device_options
 @device_map_option
 @model_options
-@click.option("--restart", is_flag=True, help="Throw away what an earlier run of this sweep measured.")
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on from what an earlier run of this sweep, interrupted or finished, has measured.",
+)
 @overwrite_option
-def command(model: Path, output: Path, overwrite: bool, restart: bool, as_json: bool, **given: Any) -> None:
+def command(model: Path, output: Path, overwrite: bool, resume: bool, as_json: bool, **given: Any) -> None:
     """Choose alpha, lambda, rank and layers for the checkpoint directory MODEL under a limit of damage.
 
     Every setting is calibrated on one pair of sets and measured on another. On every line of one lambda, rank and
@@ -167,7 +172,7 @@ def command(model: Path, output: Path, overwrite: bool, restart: bool, as_json: 
         **given,
     )
     quiet_transformers()
-    found = sweep(model, settings, output, overwrite=overwrite, restart=restart, progress=Progress())
+    found = sweep(model, settings, output, overwrite=overwrite, resume=resume, progress=Progress())
     emit(found.to_json(), found.table(), as_json=as_json)
     if found.chosen is None:
         raise LimitsError(f"{found.nothing_usable()}; all figures are in {output}, which holds no plan")

@@ -106,16 +106,16 @@ class Unfinished:
         self._inputs = json.loads(json.dumps(inputs))
         self.points: dict[tuple[Line, float], Point] = {}
 
-    def begin(self, *, restart: bool) -> None:
+    def begin(self, *, resume: bool = True) -> None:
         """Take up what is there, or else the points of a finished sweep of the same inputs; make the folder.
 
-        Raises `InputError` when what is there is of other inputs, or damaged, and `restart` does not throw it away.
+        Without `resume`, throw it away. Raises `InputError` when what is taken up is of other inputs, or damaged.
         """
-        if restart:
+        if not resume:
             self.remove()
         if not (self.folder / INPUTS).is_file():
             self.remove()
-            finished = None if restart else self._finished()
+            finished = self._finished() if resume else None
             self.folder.mkdir(parents=True)
             for point in finished or ():
                 self.add(point)
@@ -142,7 +142,7 @@ class Unfinished:
         try:
             return StateStatistics.load(file)
         except InputError as error:
-            raise InputError(f"{error}; start anew with --restart") from error
+            raise InputError(f"{error}; start anew with --no-resume") from error
 
     def remove(self) -> None:
         """Remove the folder."""
@@ -157,12 +157,12 @@ class Unfinished:
             )
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{self.folder / INPUTS}: is damaged ({error}); start anew with --restart"
+                f"{self.folder / INPUTS}: is damaged ({error}); start anew with --no-resume"
             ) from error
         if other:
             raise InputError(
                 f"{self.folder}: holds an unfinished sweep of other inputs ({', '.join(other)}); finish that one with "
-                "its own command, name another output, or throw it away with --restart"
+                "its own command, name another output, or throw it away with --no-resume"
             )
 
     def _read_points(self) -> dict[tuple[Line, float], Point]:
@@ -175,7 +175,7 @@ class Unfinished:
         try:
             points = [Point.from_json(json.loads(line)) for line in whole.decode("utf-8").splitlines()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file}: is damaged ({error}); start anew with --restart") from error
+            raise InputError(f"{file}: is damaged ({error}); start anew with --no-resume") from error
         return {(point.line, point.alpha): point for point in points}
 
     def _finished(self) -> list[Point] | None:

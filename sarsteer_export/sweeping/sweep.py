@@ -48,22 +48,22 @@ def sweep(
     output: str | Path,
     *,
     overwrite: bool = False,
-    restart: bool = False,
+    resume: bool = True,
     progress: Progress | None = None,
 ) -> Sweep:
     """Measure every setting of the grid and write the folder `output`: the table, the picture, the chosen plan.
 
     An interrupted sweep is kept beside `output` and gone on from by the same call, also with another grid or other
-    limits; so is a finished one that is overwritten. `restart` measures anew. Without a usable setting the folder
-    holds no plan. Raises `InputError` for bad input, among it requests that calibration saw too, and for an
-    unfinished sweep of other inputs; `UnsupportedError` when the judge cannot be used here.
+    limits; so is a finished one that is overwritten. Without `resume` everything is measured anew. Without a usable
+    setting the folder holds no plan. Raises `InputError` for bad input, among it requests that calibration saw too, and
+    for an unfinished sweep of other inputs; `UnsupportedError` when the judge cannot be used here.
     """
     target = check_output(output, overwrite=overwrite)
     inputs = read_inputs(Path(model), settings)
     judge = settings.judge.open(device=settings.device)
     grid = fitted(settings.grid, inputs)
     unfinished = Unfinished(target, depends_on(inputs, settings))
-    unfinished.begin(restart=restart)
+    unfinished.begin(resume=resume)
     try:
         statistics, largest = _statistics(inputs, settings, unfinished, progress)
         reference, points = _measured(inputs, grid, statistics, judge, settings, unfinished, progress)
@@ -84,7 +84,7 @@ def sweep(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted; {len(unfinished.points)} measured settings are kept in {unfinished.folder}; the same "
-            "command goes on from there, with --restart it measures anew"
+            "command goes on from there, with --no-resume it starts anew"
         ) from None
     unfinished.remove()
     return found

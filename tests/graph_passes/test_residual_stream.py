@@ -31,6 +31,7 @@ from tests.decoders import (
     run_graph,
     session,
 )
+from tests.graph_passes.test_residual_chain import graph_of
 
 STREAM_ATOL = 2e-5
 """float32 sums in another order than PyTorch's: measured at most 4e-6 on states of magnitude up to 11."""
@@ -236,75 +237,6 @@ def _with_cast_embedding(folder: Path) -> onnx.ModelProto:
     return proto
 
 
-def test_logits_selected_before_the_norm_leave_no_site_over_every_position(tmp_path: Path) -> None:
-    _, proto = hand_decoder(Variant(head="last_first"), tmp_path / "model.onnx")
-    stream = find_residual_stream(proto)
-    assert stream.final_norm_output is None
-    with pytest.raises(SiteNotFoundError, match="no final norm over every position"):
-        stream.tensor(Site.FINAL_NORM_OUTPUT, HAND_LAYERS - 1)
-    assert stream.tensor(Site.BLOCK_OUTPUT, HAND_LAYERS - 1) == stream.blocks[-1].output
-
-
-def test_a_graph_without_a_head_ends_at_its_final_norm(tmp_path: Path) -> None:
-    """As decoders do whose head is a graph of its own; a graph that ends before the norm has no such site."""
-    _, proto = hand_decoder(Variant(), tmp_path / "model.onnx")
-    stream = find_residual_stream(proto)
-    logits = proto.graph.output[0]
-    for output, expected in (
-        (stream.final_norm_output, stream.final_norm_output),
-        (stream.blocks[-1].output, None),
-    ):
-        logits.CopyFrom(helper.make_tensor_value_info(str(output), TensorProto.FLOAT, None))
-        assert find_residual_stream(proto).final_norm_output == expected
-        assert find_residual_stream(proto).blocks == stream.blocks
-
-
-def test_the_norm_of_a_dynamically_quantised_head_is_a_float_tensor(tmp_path: Path) -> None:
-    """`MatMulInteger` reads integers; an edit of those would be no steering."""
-    _, proto = hand_decoder(Variant(), tmp_path / "model.onnx")
-    norm = str(find_residual_stream(proto).final_norm_output)
-    head = next(node for node in proto.graph.node if norm in node.input)
-    weight = helper.make_tensor("head.q", TensorProto.UINT8, [HAND_WIDTH, 3], [1] * (3 * HAND_WIDTH))
-    proto.graph.initializer.append(weight)
-    at = list(proto.graph.node).index(head)
-    del proto.graph.node[at:]
-    proto.graph.node.extend(
-        [
-            helper.make_node("DynamicQuantizeLinear", [norm], ["norm.q", "norm.scale", "norm.zero"]),
-            helper.make_node("MatMulInteger", ["norm.q", "head.q", "norm.zero"], ["product"]),
-            helper.make_node("Cast", ["product"], ["wide"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", ["norm.scale", "wide"], ["logits"]),
-        ]
-    )
-    assert find_residual_stream(proto).final_norm_output == norm
-
-
-# ------------------------------------------------------------------------------------- graphs without stream
-
-
-def graph_of(module: torch.nn.Module, sample: Any, folder: Path) -> onnx.ModelProto:
-    from tests.decoders import _torchscript
-
-    _torchscript(module, sample, folder / "model.onnx", ["x"], ["y"])
-    return onnx.load(folder / "model.onnx")
-
-
-def test_a_graph_without_residual_adds_names_the_nearest_candidates(tmp_path: Path) -> None:
-    mlp = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
-    proto = graph_of(mlp, torch.zeros(2, 3, 4), tmp_path)
-    with pytest.raises(
-        SiteNotFoundError, match=r"leads to 'y'; nearest candidates: .*Add '/0/Add', Add '/2/Add'"
-    ):
-        find_residual_stream(proto)
-    assert SiteNotFoundError.exit_code == 4
-
-
-def test_a_graph_without_any_add_says_so(tmp_path: Path) -> None:
-    proto = graph_of(torch.nn.ReLU(), torch.zeros(2, 3, 4), tmp_path)
-    with pytest.raises(SiteNotFoundError, match="the graph has no Add"):
-        find_residual_stream(proto)
-
-
 class ResidualMlp(torch.nn.Module):
     """A residual stream without attention."""
 
@@ -320,28 +252,6 @@ class ResidualMlp(torch.nn.Module):
 def test_a_stream_without_attention_is_no_decoder(tmp_path: Path) -> None:
     proto = graph_of(ResidualMlp(), torch.zeros(2, 3, 4), tmp_path)
     with pytest.raises(SiteNotFoundError, match=r"starts with Add '/Add', whose branch holds no attention"):
-        find_residual_stream(proto)
-
-
-def test_a_post_norm_decoder_is_refused(tmp_path: Path) -> None:
-    """Post-norm blocks normalise the stream itself: there is no unbroken chain of residual adds."""
-
-    class PostNorm(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = torch.nn.ModuleList(
-                torch.nn.TransformerEncoderLayer(8, 2, 8, batch_first=True) for _ in range(2)
-            )
-            self.head = torch.nn.Linear(8, 5)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for block in self.blocks:
-                x = block.norm1(x + block._sa_block(x, None, None))
-                x = block.norm2(x + block._ff_block(x))
-            return self.head(x)
-
-    proto = graph_of(PostNorm().eval(), torch.randn(2, 3, 8), tmp_path)
-    with pytest.raises(SiteNotFoundError):
         find_residual_stream(proto)
 
 

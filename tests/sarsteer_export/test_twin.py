@@ -26,7 +26,9 @@ from graph_passes.onnx_file import read_graph, write_graph
 from graph_passes.patch import patch_model
 from graph_passes.steering_in import edit_initializers
 from sarsteer_export.around_decoder import AroundDecoder
-from sarsteer_export.build_inputs import BuildSettings, read_inputs
+from sarsteer_export.building.inputs import read_inputs
+from sarsteer_export.building.manifest import describe
+from sarsteer_export.building.settings import BuildSettings
 from sarsteer_export.bundle.bundle import Bundle
 from sarsteer_export.bundle.manifest import (
     AUDIO_ENCODER,
@@ -37,7 +39,7 @@ from sarsteer_export.bundle.manifest import (
     Manifest,
 )
 from sarsteer_export.parity_run import ParityRun, ParitySettings
-from sarsteer_export.pipeline import describe, export_components
+from sarsteer_export.pipeline import export_components
 from sarsteer_export.twin import TWIN_NOTE, executable, float32_model, float32_twin, rounded_plan
 from tests import tiny_lalm
 from tests.conftest import SITES, one_edit, plan_of, random_basis, random_vector

@@ -254,7 +254,7 @@ def test_a_dry_run_refuses_what_shows_without_loading_the_model(
     refused(sarsteer(*head, "--harmful", inputs.harmful, "--benign", single, *tail), "1 benign", "at least 2")
     single.unlink()
     full = shutil.disk_usage(place)._replace(free=1_000)
-    monkeypatch.setattr("sarsteer_export.pipeline.shutil.disk_usage", lambda _path: full)
+    monkeypatch.setattr("sarsteer_export.building.space.shutil.disk_usage", lambda _path: full)
     refused(sarsteer(*head, *inputs.data, *tail), "needs about", "are free there")
     assert listing(place) == {}
 

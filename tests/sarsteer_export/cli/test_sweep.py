@@ -132,7 +132,7 @@ def test_an_interrupted_sweep_goes_on_and_comes_to_the_same(
     assert process.stdout.readline() == "ready\n"
     done = interrupt(process)
     assert done.returncode == 130
-    one_error(done.stderr, "interrupted; 2 measured settings are kept", ".sweep.unfinished", "--restart")
+    one_error(done.stderr, "interrupted; 2 measured settings are kept", ".sweep.unfinished", "--no-resume")
     assert not folder.exists()
     points = tmp_path / ".sweep.unfinished" / "points.jsonl"
     with points.open("a", encoding="utf-8") as opened:  # killed while it wrote a third
@@ -163,7 +163,7 @@ def test_other_limits_choose_again_from_what_is_measured(
     counted.clear()
     answered(
         sarsteer(
-            *call, *ANYTHING, "-o", folder, "--overwrite", "--restart", "--alphas", "0.5", "--ranks", "2"
+            *call, *ANYTHING, "-o", folder, "--overwrite", "--no-resume", "--alphas", "0.5", "--ranks", "2"
         )
     )
     assert counted == [0.5]
@@ -230,4 +230,4 @@ def test_a_damaged_unfinished_sweep_is_named(call: Arguments, tmp_path: Path) ->
     kept = tmp_path / ".sweep.unfinished"
     kept.mkdir()
     (kept / "inputs.json").write_text("{", encoding="utf-8")
-    refused(sarsteer(*call, "-o", tmp_path / "sweep"), "inputs.json", "damaged", "--restart")
+    refused(sarsteer(*call, "-o", tmp_path / "sweep"), "inputs.json", "damaged", "--no-resume")

@@ -1,4 +1,4 @@
-"""What a build starts from: its settings, its inputs read and identified, and the keys of its stages."""
+"""What a build starts from: its inputs read and identified, and the keys of its stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from calibration.calibrate import CalibrationSettings, calibration_set
+from calibration.calibrate import calibration_set
 from calibration.checkpoint import (
     fingerprint,
     hears_audio,
@@ -17,7 +17,7 @@ from calibration.checkpoint import (
 )
 from calibration.errors import InputError, UnsupportedError
 from calibration.model_options import ModelOptions
-from calibration.overlap import AllowedOverlap, Overlap, check_disjoint, check_kinds, check_unseen
+from calibration.overlap import Overlap, check_disjoint, check_kinds, check_unseen
 from calibration.plan import PositionKind, SteeringPlan, check_plan_fits
 from calibration.records import check_audio_file
 from calibration.requests import (
@@ -28,15 +28,11 @@ from calibration.requests import (
     read_request_set,
     requests_digest,
 )
-from engines.backends import CPU_BACKEND
 from engines.cuda_driver import cuda_driver
 from engines.sidecar import Binding
 from sarsteer_export.bundle_engines import check_engines
-from sarsteer_export.engine_build import EngineSettings
 from sarsteer_export.exporting.contract import cache_input_names
 from sarsteer_export.exporting.tracing import OPSET
-from sarsteer_export.judges.settings import JudgeSettings
-from sarsteer_export.parity_run import ParitySettings
 from sarsteer_export.range_guard import PROVENANCE_KEY
 from sarsteer_export.versions import installed_versions
 
@@ -45,8 +41,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from calibration.records import OnError
+    from sarsteer_export.building.settings import BuildSettings
 
-BYTES_PER_PARAMETER = {"float32": 4, "float16": 2, "bfloat16": 2}
 PACKAGES = (
     "sarsteer-export",
     "torch",
@@ -59,51 +55,6 @@ PACKAGES = (
     "tensorrt-rtx",
     "numpy",
 )
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """Everything a build can be told.
-
-    `plan`: a ready plan file; calibration is then skipped, and `harmful` and `benign` serve parity alone.
-    `eval_harmful`, `eval_benign`: held-out requests to measure behaviour on, both or none. `allow_overlap`: what
-    they may share with the calibration set. `engine`: what to build beside the ONNX graphs. `loading`: how the model
-    is loaded and driven. `allow_overflow`: build even where calibration saw values that float16 cannot square.
-    `resume`: go on with a calibration that was interrupted.
-    """
-
-    harmful: Path
-    benign: Path
-    plan: Path | None = None
-    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
-    parity: ParitySettings = field(default_factory=ParitySettings)
-    eval_harmful: Path | None = None
-    eval_benign: Path | None = None
-    allow_overlap: AllowedOverlap = AllowedOverlap.NONE
-    judge: JudgeSettings = field(default_factory=JudgeSettings)
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    allow_overflow: bool = False
-    max_new_tokens: int = 32
-    keep_unsteered: bool = True
-    loading: ModelOptions = field(default_factory=ModelOptions)
-    device: str = "cpu"
-    dtype: str = "float32"
-    force: bool = False
-    overwrite: bool = False
-    resume: bool = True
-
-    def __post_init__(self) -> None:
-        if (self.eval_harmful is None) != (self.eval_benign is None):
-            raise InputError("behaviour needs both --eval-harmful and --eval-benign; only one was given")
-        if self.dtype not in BYTES_PER_PARAMETER:
-            raise InputError(f"dtype is {self.dtype!r}; expected one of {', '.join(BYTES_PER_PARAMETER)}")
-        if self.parity.backend != CPU_BACKEND.name:
-            raise InputError(
-                f"a build is proven on {CPU_BACKEND.name} first; name {self.parity.backend} among its engines"
-            )
-        object.__setattr__(self, "parity", dataclasses.replace(self.parity, precision=self.dtype))
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
 
 
 @dataclass(frozen=True)

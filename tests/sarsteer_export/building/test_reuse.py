@@ -10,8 +10,8 @@ import pytest
 
 from engines.backends import BACKENDS
 from engines.report import Verdict
-from sarsteer_export.build_inputs import BuildInputs
-from sarsteer_export.build_reuse import reusable_stages
+from sarsteer_export.building.inputs import BuildInputs
+from sarsteer_export.building.reuse import reusable_stages
 from sarsteer_export.bundle.manifest import EngineEntry, Manifest
 
 STAGES = {"calibrate": "c", "export": "e", "verify": "v"}

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.errors import InputError, UnsupportedError
+from calibration.plan import SteeringPlan
 from engines.opening import check_can_run
 from engines.report import Verdict
 from engines.sidecar import sidecar_of
-from sarsteer_export.build_inputs import engine_stage
+from graph_passes.onnx_file import read_graph
+from sarsteer_export.building.inputs import engine_stage
 from sarsteer_export.bundle.manifest import (
     ENGINES_FOLDER,
     ONNX_FOLDER,
@@ -22,11 +24,13 @@ from sarsteer_export.bundle.manifest import (
     EngineEntry,
     Manifest,
 )
+from sarsteer_export.range_guard import check_range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sarsteer_export.build_inputs import BuildInputs
+    from sarsteer_export.building.inputs import BuildInputs
+    from sarsteer_export.building.settings import BuildSettings
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +75,26 @@ def reusable_stages(target: Path, earlier: Manifest | None, inputs: BuildInputs)
             continue
         fresh.append(stage)
     return tuple(fresh)
+
+
+def check_known_range(target: Path, reusable: Sequence[str], settings: BuildSettings) -> None:
+    """Hold the guard against what a build takes from the bundle at its output, as far as that has plan and graph.
+
+    Whether an overflow was allowed then says nothing of now. Raises `InputError` as `check_range` does.
+    """
+    if settings.plan is not None:
+        plan = settings.plan
+    elif "calibrate" in reusable:
+        plan = target / PLAN
+    else:
+        return
+    if "verify" in reusable:
+        decoder = STEERED_DECODER
+    elif "export" in reusable:
+        decoder = UNSTEERED_DECODER
+    else:
+        return
+    check_range(SteeringPlan.load(plan), read_graph(target / decoder), allow_overflow=settings.allow_overflow)
 
 
 def _can_be_run_now(manifest: Manifest) -> str | None:
