@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.audio import MAYBE_SHORT_SECONDS
-from calibration.checkpoint import fingerprint, read_config
+from calibration.checkpoint import fingerprint, hears_audio, read_config
 from calibration.errors import InputError, UnsupportedError
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.requests import load_audio
 from engines.backends import CPU_BACKEND, Runtime
 from sarsteer_export.bundle.bundle import Bundle, load_bundle
-from sarsteer_export.bundle.manifest import MANIFEST, PLAN, Manifest
+from sarsteer_export.bundle.manifest import ENCODER, MANIFEST, PLAN, Manifest
 from sarsteer_export.evaluation.engine import EngineRespondent
 from sarsteer_export.evaluation.systems import LabelledPlan
 
@@ -116,6 +116,13 @@ def _bundle(folder: Path, settings: EvaluationSettings) -> Iterator[Subject]:
         yield Subject(respondents, plans, target, check, _fitting(folder, bundle, settings.measure))
 
 
+def takes_clips(folder: Path) -> bool:
+    """Whether a bundle or a checkpoint is asked with clips; the others, with records of text alone."""
+    return (
+        ENCODER in Manifest.read(folder).components if is_bundle(folder) else hears_audio(read_config(folder))
+    )
+
+
 def _plans_of(folder: Path, made_from: str, settings: EvaluationSettings) -> tuple[LabelledPlan, ...]:
     """The bundle's own plan, under its label if one is given, and the others."""
     own = SteeringPlan.load(folder / PLAN)
@@ -174,18 +181,24 @@ def _clip_check(lalm: Lalm) -> Callable[[SpokenRequest], object]:
 
 
 def _frontend_check(bundle: Bundle) -> Callable[[SpokenRequest], object]:
-    front = bundle.frontend
+    if not bundle.hears:
+        return lambda request: _check_text_alone(bundle, request)
+    # Asked here, once: a processor that cannot be loaded is no fault of a record.
+    rate, longest = bundle.frontend.sampling_rate, bundle.frontend.max_audio_seconds
 
     def check(request: SpokenRequest) -> None:
-        if not bundle.hears:
-            if request.audio is not None:
-                raise InputError(
-                    f"{request}: {_hears_nothing(bundle.manifest)}; expected a record of text alone"
-                )
-            return
         source = request.clip()
-        clip = load_audio(source, sampling_rate=front.sampling_rate, max_seconds=front.max_audio_seconds)
-        if clip.size < MAYBE_SHORT_SECONDS * front.sampling_rate:
+        clip = load_audio(source, sampling_rate=rate, max_seconds=longest)
+        if clip.size < MAYBE_SHORT_SECONDS * rate:
             bundle.prompts([source], [""])  # refuses a clip that its encoder makes nothing of
 
     return check
+
+
+def _check_text_alone(bundle: Bundle, request: SpokenRequest) -> None:
+    if request.audio is None:
+        return
+    reason = f"{request}: {_hears_nothing(bundle.manifest)}"
+    if bundle.manifest.missing:
+        raise UnsupportedError(f"{reason}; evaluate its checkpoint with --plan")
+    raise InputError(f"{reason}; expected a record of text alone")

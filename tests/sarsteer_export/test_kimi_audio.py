@@ -53,6 +53,11 @@ def test_its_bundle_says_what_drives_it_and_what_is_not_in_it(bundle: Path) -> N
     assert set(manifest["model"]["missing"]) == {"audio_encoder", "frontend"}
 
 
+def test_its_bundle_is_not_evaluated(bundle: Path, harmful_requests: Path, benign_requests: Path) -> None:
+    data = ("--harmful", harmful_requests, "--benign", benign_requests)
+    refused(sarsteer("evaluate", bundle, *data), "evaluate its checkpoint with --plan", code=3)
+
+
 def test_it_is_verified_with_the_adapter_it_was_made_with_and_no_other(
     bundle: Path, model: Path, harmful_requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

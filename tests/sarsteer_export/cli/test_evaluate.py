@@ -226,6 +226,9 @@ def test_bad_input_is_refused_and_nothing_is_written(
     refused(sarsteer(*model, "--plan", plan, "--model", inputs.model), "is a checkpoint itself")
     refused(sarsteer(*model, "--plan", plan, "--engine", "onnxruntime-cuda"), "runs a bundle")
     refused(sarsteer("evaluate", tmp_path, *held_out), "config.json cannot be read")
+    with monkeypatch.context() as without:
+        without.setattr("sarsteer_export.bundle.frontend.PROCESSOR", Path("none.json"))
+        refused(sarsteer(*call), "none.json: holds no settings")  # said once, not of every record
     assert list(tmp_path.iterdir()) == []
 
 
