@@ -13,6 +13,7 @@ from graph_passes.residual_stream import find_residual_stream
 from tests import tiny_lalm
 from tests.conftest import SITES, one_edit, plan_of
 from tests.decoders import HAND_LAYERS, TinyDecoder, Variant, hand_decoder
+from tests.graph_passes.test_transparent import quantise
 
 SEQUENTIAL = [["norm", "attention"]], [["norm", "mlp"]]
 SANDWICH = [["norm", "attention", "norm"]], [["norm", "mlp", "norm"]]
@@ -47,6 +48,19 @@ def test_the_branches_of_a_block(name: str, tmp_path: Path) -> None:
         }
         norms |= {total.shared.title for total in sums if total.shared is not None}
         assert norms == {"LayerNorm" if variant.norm == "layer" else "RMSNorm"}
+
+
+@pytest.mark.parametrize("residual", ["parallel", "parallel_sum"])
+def test_the_branches_of_parallel_blocks_are_told_apart_through_a_pair(residual: str, tmp_path: Path) -> None:
+    """Every sum quantised, also the one of which another sum is made."""
+    _, model = hand_decoder(Variant(residual=residual, norm="layer"), tmp_path / "model.onnx")
+    stream = find_residual_stream(model)
+    expected = [block_sums(model, stream, layer) for layer in range(HAND_LAYERS)]
+    for node in [node for node in model.graph.node if node.op_type == "Add"]:
+        quantise(model, node.output[0])
+    quantised = find_residual_stream(model)
+    assert [block_sums(model, quantised, layer) for layer in range(HAND_LAYERS)] == expected
+    assert [len(total.branches) for sums in expected for total in sums] == [2] * HAND_LAYERS
 
 
 def test_matrix_products_are_counted(any_decoder: TinyDecoder) -> None:
