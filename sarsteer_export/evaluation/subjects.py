@@ -101,10 +101,11 @@ def _bundle(folder: Path, settings: EvaluationSettings) -> Iterator[Subject]:
     plans = _plans_of(folder, made_from, settings)
     with load_bundle(folder, engine=settings.engine) as bundle:
         engine = EngineRespondent(bundle)
-        if settings.model is None:
-            respondents: tuple[Respondent, ...] = (engine,)
-            check = _frontend_check(bundle)
-        else:
+        respondents: tuple[Respondent, ...] = (engine,)
+        check = _frontend_check(
+            bundle
+        )  # before eager is asked for hours: a bundle may be unable to make its inputs
+        if settings.model is not None:
             lalm, eager = _eager(Path(settings.model), dtype, settings)
             _check_driven_alike(manifest, lalm)
             if lalm.hears and not bundle.hears:

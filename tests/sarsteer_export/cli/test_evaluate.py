@@ -229,6 +229,9 @@ def test_bad_input_is_refused_and_nothing_is_written(
     with monkeypatch.context() as without:
         without.setattr("sarsteer_export.bundle.frontend.PROCESSOR", Path("none.json"))
         refused(sarsteer(*call), "none.json: holds no settings")  # said once, not of every record
+        before = sarsteer(*call, "--model", inputs.model)
+        refused(before, "none.json: holds no settings")
+        assert "evaluate: " not in before.stderr
     assert list(tmp_path.iterdir()) == []
 
 
