@@ -51,6 +51,8 @@ def test_its_bundle_says_what_drives_it_and_what_is_not_in_it(bundle: Path) -> N
     assert manifest["parity"]["verdict"] == "passed"
     assert manifest["model"]["driven_by"]["adapter"] == "KimiAudio"
     assert set(manifest["model"]["missing"]) == {"audio_encoder", "frontend"}
+    told = answered(sarsteer("inspect", bundle))
+    assert "without frontend: its processor is driven by the adapter KimiAudio" in told
 
 
 def test_its_bundle_is_not_evaluated(bundle: Path, harmful_requests: Path, benign_requests: Path) -> None:
