@@ -6,6 +6,7 @@ import hashlib
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -27,6 +28,8 @@ AUDIO_SUFFIXES = (".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg
 """Names that audio files in a folder have; what a record names may be called anything."""
 UNREADABLE = "not a readable audio file; expected wav, flac, mp3, ogg or another format of libsndfile"
 
+_READING = Lock()
+
 
 @dataclass(frozen=True)
 class EmbeddedAudio:
@@ -39,8 +42,9 @@ class EmbeddedAudio:
     read: Callable[[], bytes] = field(repr=False, compare=False)
 
     def read_bytes(self) -> bytes:
-        """The encoded file, read anew each time."""
-        return self.read()
+        """The encoded file, read anew each time, by one thread at a time: readers keep what they read last."""
+        with _READING:
+            return self.read()
 
     def __str__(self) -> str:
         return self.name

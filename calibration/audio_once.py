@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from calibration import short_window
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -62,7 +64,10 @@ def encoder_outputs_replayed(lalm: Lalm, outputs: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def features_extracted_once(lalm: Lalm) -> Iterator[None]:
-    """Within the block, features of the same samples are extracted once, however often they are asked for."""
+    """Within the block, features of the same samples are extracted once, however often they are asked for.
+
+    And silence that pads short clips is not computed over and over (`calibration/short_window.py`).
+    """
     processor = lalm.processor
     found = {
         name: extractor
@@ -91,9 +96,9 @@ class _Remembering:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         key = _digest(args, kwargs)
         if key is None:
-            return self._extractor(*args, **kwargs)
+            return short_window.extract(self._extractor, *args, **kwargs)
         if key not in self._made:
-            self._made[key] = self._extractor(*args, **kwargs)
+            self._made[key] = short_window.extract(self._extractor, *args, **kwargs)
         made = copy.copy(self._made[key])
         if hasattr(made, "data"):  # a processor takes out and renames what it is given
             made.data = dict(made.data)

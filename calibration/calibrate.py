@@ -106,7 +106,7 @@ def calibrate(
         lalm = (loading or ModelOptions()).load(model, device=device, dtype=dtype, device_map=run.device_map)
     clips = Clips(lalm)
     harmful_set, benign_set = (
-        data.checked(clips.check, settings.data.on_error) for data in (harmful_set, benign_set)
+        clips.checked(data, settings.data.on_error) for data in (harmful_set, benign_set)
     )
     check_benign_count(benign_set.requests, benign_set.source)
     provenance = calibration_provenance(lalm, harmful_set, benign_set, settings)

@@ -20,7 +20,7 @@ from calibration.batches import Batch, plan_batches
 from calibration.clips import Clips
 from calibration.directions import check_finite
 from calibration.errors import SarsteerError
-from calibration.kept_prompts import KeptStore, at_home
+from calibration.kept_prompts import KeptPrompts, KeptStore, at_home
 from calibration.lalm import encode_requests
 from calibration.magnitudes import LargestMagnitudes, Measured, recorded_magnitudes
 from calibration.placement import input_device
@@ -29,7 +29,7 @@ from calibration.prompt_passes import PromptPasses, Verdict
 from calibration.statistics import StateStatistics, added, total
 from calibration.steered import steered
 from calibration.unfinished import Found, UnfinishedFile
-from calibration.workers import in_order, one_thread_each, sharing_weights, worker_count
+from calibration.workers import FirstAlone, in_order, one_thread_each, sharing_weights, worker_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -107,6 +107,7 @@ class Collection:
         self._done: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
         self._counts: dict[str, int] = {}
         self._shown: dict[str, int] = {}
+        self._models = [lalm]
 
     def begin(self, *, resume: bool = True) -> None:
         """Take up what earlier runs found, and say so; without `resume`, throw it away."""
@@ -139,6 +140,7 @@ class Collection:
         The refusal text is concatenated to the prompt verbatim, in the same user turn; the audio is the same. Raises
         `InputError` where the stream is not finite.
         """
+        self._clips.read((*self._harmful, *self._benign))
         batches = plan_batches(
             *([self._length(request) for request in kind] for kind in (self._harmful, self._benign)),
             size=self._how.batch_size,
@@ -169,29 +171,34 @@ class Collection:
 
     def _batches_run(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, _Done]]:
         """What comes of each batch, in order; several are run at once where that is faster."""
-        verdict = Verdict()  # every process and every run, resumed or not, compares anew
-        with ExitStack() as stack:
-            models = [self._lalm]
-            count = min(worker_count(self._lalm), len(batches))
-            if count > 1:
-                stack.enter_context(one_thread_each())
-                models += [sharing_weights(self._lalm) for _ in range(count - 1)]
-            runners = []
-            for model in models:
-                record = stack.enter_context(recorded_magnitudes(model.parts))
-                runner = _Runner(model, record, PromptPasses(model, record, verdict))
-                stack.enter_context(runner.passes.prepared())
-                runners.append(runner)
-            if count > 1:
-                # The first one alone: it tells whether the others may be run on from a cache.
-                yield batches[0], self._alone(runners[0], batches[0])
-                yield from in_order(runners, batches[1:], self._alone)
+        with self._runners(len(batches)) as runners:
+            if len(runners) > 1:
+                yield from in_order(runners, batches, FirstAlone(self._encode_for, self._pass, batches[0]))
             else:
                 for batch, encoded in self._encoded(batches):
                     yield batch, self._pass(runners[0], encoded)
 
-    def _alone(self, runner: _Runner, batch: Batch) -> _Done:
-        return self._pass(runner, self._encode(runner.lalm, batch))
+    @contextmanager
+    def _runners(self, batches: int, plan: SteeringPlan | None = None) -> Iterator[list[_Runner]]:
+        """As many as run this many batches at once, steered by a plan if there is one."""
+        verdict = Verdict()  # every process and every run, resumed or not, compares anew
+        with ExitStack() as stack:
+            count = max(1, min(worker_count(self._lalm), batches))
+            if count > 1:
+                stack.enter_context(one_thread_each())
+            self._models += [sharing_weights(self._lalm) for _ in range(count - len(self._models))]
+            runners = []
+            for model in self._models[:count]:
+                if plan is not None:
+                    stack.enter_context(steered(model.parts, plan))
+                record = stack.enter_context(recorded_magnitudes(model.parts))
+                runner = _Runner(model, record, PromptPasses(model, record, verdict))
+                stack.enter_context(runner.passes.prepared())
+                runners.append(runner)
+            yield runners
+
+    def _encode_for(self, runner: _Runner, batch: Batch) -> tuple[Inputs, Inputs | None]:
+        return self._encode(runner.lalm, batch)
 
     def _pass(self, runner: _Runner, encoded: tuple[Inputs, Inputs | None]) -> _Done:
         inputs, longer = encoded
@@ -289,13 +296,11 @@ class Collection:
         requests = self._requests(batch)
         clips = self._clips.load(requests)
         texts = [request.text for request in requests]
-        if not batch.harmful:
-            return encode_requests(lalm, texts, clips), None
         with features_extracted_once(lalm):
-            return (
-                encode_requests(lalm, texts, clips),
-                encode_requests(lalm, [text + self._refusal_prompt for text in texts], clips),
-            )
+            inputs = encode_requests(lalm, texts, clips)
+            if not batch.harmful:
+                return inputs, None
+            return inputs, encode_requests(lalm, [text + self._refusal_prompt for text in texts], clips)
 
     def _prompts(self, batch: Batch) -> Inputs:
         requests = self._requests(batch)
@@ -313,51 +318,45 @@ class Collection:
         What comes before that position is as in the unsteered passes. Raises `InputError` where the steered stream is
         not finite.
         """
-        with (
-            self._kept_when_interrupted(),
-            steered(self._lalm.parts, plan),
-            recorded_magnitudes(self._lalm.parts) as record,
-        ):
-            before_L = self._found.before_last_L
-            record.include(before_L, before_L)
-            passes = PromptPasses(self._lalm, record)
-            with passes.prepared():
-                self._run_kept(passes, record)
-                self._run_others(passes)
+        batches: list[KeptPrompts | Batch] = [*self._store.kept, *self._of_earlier_runs()]
+        with self._kept_when_interrupted(), self._runners(len(batches), plan) as runners:
+            for batch, _ in in_order(runners, batches, self._steer):
+                self._how.processes.check()
+                rows = (batch.batch if isinstance(batch, KeptPrompts) else batch).rows
+                self._report("steered", len(rows), 0, len(self._harmful) + len(self._benign))
+            record, before_L = runners[0].record, self._found.before_last_L
+            for largest_L in (before_L, *(runner.record.largest_L() for runner in runners[1:])):
+                record.include(largest_L, before_L)
             largest_L = self._how.processes.largest("steered", record.largest_L())
             count = len(self._harmful) + len(self._benign)
             self._show("steered", count, count)
             record.include(largest_L, largest_L)
             return record.per_block(steered=True)
 
-    def _run_kept(self, passes: PromptPasses, record: LargestMagnitudes) -> None:
-        for kept in self._store.kept:
-            self._how.processes.check()
-            if kept.past is not None:
-                past = at_home(kept.past)
-                last = past.mask_BP.new_ones(len(kept.batch.rows), 1)
-                with record.taking(Measured.REFUSED):
-                    self._lalm.model(
-                        **kept.last,
-                        attention_mask=torch.cat([past.mask_BP, last], dim=1),
-                        past_key_values=past.cache,
-                        use_cache=True,
-                    )
-            else:
-                passes.replayed(self._prompts(kept.batch), kept.audio.restored())
-            self._report_steered(len(kept.batch.rows))
+    def _of_earlier_runs(self) -> Sequence[Batch]:
+        """This process's share of the requests of earlier runs, of which nothing was kept."""
+        size = self._how.batch_size
+        return self._how.processes.share(
+            [
+                Batch(harmful, tuple(rows[start : start + size]))
+                for harmful, rows in ((True, sorted(self._done[0])), (False, sorted(self._done[1])))
+                for start in range(0, len(rows), size)
+            ]
+        )
 
-    def _run_others(self, passes: PromptPasses) -> None:
-        """Requests of earlier runs, of which nothing was kept."""
-        others = [
-            Batch(harmful, tuple(rows[start : start + self._how.batch_size]))
-            for harmful, rows in ((True, sorted(self._done[0])), (False, sorted(self._done[1])))
-            for start in range(0, len(rows), self._how.batch_size)
-        ]
-        for batch in self._how.processes.share(others):
-            self._how.processes.check()
-            passes.whole(self._prompts(batch))
-            self._report_steered(len(batch.rows))
-
-    def _report_steered(self, more: int) -> None:
-        self._report("steered", more, 0, len(self._harmful) + len(self._benign))
+    def _steer(self, runner: _Runner, batch: KeptPrompts | Batch) -> None:
+        """Run prompts for the measurements alone, with as little as was not kept of them."""
+        if isinstance(batch, Batch):
+            runner.passes.whole(self._prompts(batch))
+        elif batch.past is None:
+            runner.passes.replayed(self._prompts(batch.batch), batch.audio.restored())
+        else:
+            past = at_home(batch.past)
+            last = past.mask_BP.new_ones(len(batch.batch.rows), 1)
+            with runner.record.taking(Measured.REFUSED):
+                runner.lalm.model(
+                    **batch.last,
+                    attention_mask=torch.cat([past.mask_BP, last], dim=1),
+                    past_key_values=past.cache,
+                    use_cache=True,
+                )

@@ -60,45 +60,52 @@ class LargestMagnitudes:
     """
 
     def __init__(self, blocks: int) -> None:
-        self._largest: list[torch.Tensor] = [torch.zeros(())] * blocks
-        self._before_last: list[torch.Tensor] = [torch.zeros(())] * blocks
+        self._largest_L = torch.zeros(blocks)
+        self._before_last_L = torch.zeros(blocks)
         self._mask_BT: torch.Tensor | None = None
         self._dtype: torch.dtype | None = None
         self._measured = Measured.PROMPT
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._pass: dict[int, torch.Tensor] = {}
 
     @contextmanager
     def taking(self, measured: Measured) -> Iterator[None]:
         """Within the block, passes count as `measured`."""
+        self._end_pass()
         previous, self._measured = self._measured, measured
         try:
             yield
         finally:
-            self._measured, self._seen = previous, None
+            self._end_pass()
+            self._measured = previous
 
     @contextmanager
     def forgotten_on_error(self) -> Iterator[None]:
         """What is measured within the block counts only if the block ends without an exception."""
-        before = list(self._largest), list(self._before_last)
+        self._end_pass()
+        before = self._largest_L, self._before_last_L
         try:
             yield
         except BaseException:
-            self._largest, self._before_last = before
+            self._pass.clear()
+            self._largest_L, self._before_last_L = before
             raise
 
     def largest_L(self) -> NDArray[np.float32]:  # noqa: N802 - carries its dimension
         """The magnitudes (L,) as they are: 0 before the first pass, NaN or infinite where the stream is."""
-        return np.array([float(largest) for largest in self._largest], dtype=np.float32)
+        self._end_pass()
+        return self._largest_L.numpy(force=True)
 
     def before_last_L(self) -> NDArray[np.float32]:  # noqa: N802 - carries its dimension
         """The magnitudes (L,) of prompts before their last token."""
-        return np.array([float(largest) for largest in self._before_last], dtype=np.float32)
+        self._end_pass()
+        return self._before_last_L.numpy(force=True)
 
     def include(self, largest_L: NDArray[np.float32], before_last_L: NDArray[np.float32]) -> None:
         """Take in what was measured elsewhere."""
-        for kept, other_L in ((self._largest, largest_L), (self._before_last, before_last_L)):
-            for layer, other in enumerate(other_L.tolist()):
-                kept[layer] = torch.maximum(kept[layer], kept[layer].new_tensor(other))
+        self._end_pass()
+        self._largest_L = _larger(self._largest_L, torch.from_numpy(largest_L))
+        self._before_last_L = _larger(self._before_last_L, torch.from_numpy(before_last_L))
 
     def per_block(self, *, steered: bool) -> list[float]:
         """The magnitudes of L blocks, rounded to a few significant digits.
@@ -121,22 +128,32 @@ class LargestMagnitudes:
             return
         # A block reads the very tensor that the one before it returned, and so does its first norm.
         if self._seen is None or self._seen[0] is not hidden_BSD:
-            self._seen = (hidden_BSD, self._peaks(hidden_BSD))
-        peaks_BS = self._seen[1]
-        _raise(self._largest, layer, peaks_BS)
-        if self._measured in (Measured.PROMPT, Measured.HEAD):
-            columns = peaks_BS.shape[1] - (self._measured is Measured.PROMPT)
-            _raise(self._before_last, layer, peaks_BS[:, :columns])
+            if self._pass and hidden_BSD.shape[:2] != next(iter(self._pass.values())).shape:
+                self._end_pass()
+            self._seen = (hidden_BSD, _peaks(hidden_BSD))
+        peaks_BS, so_far_BS = self._seen[1], self._pass.get(layer)
+        if so_far_BS is None:
+            self._pass[layer] = peaks_BS
+        elif so_far_BS is not peaks_BS:
+            self._pass[layer] = _larger(so_far_BS, peaks_BS)
         self._dtype = hidden_BSD.dtype
 
-    def _peaks(self, hidden_BSD: torch.Tensor) -> torch.Tensor:
-        # Not vector_norm, which takes 18 times as long on a CPU, nor abs, which makes another such tensor.
-        stream_BSD = hidden_BSD.detach()
-        peaks_BS = torch.maximum(stream_BSD.amax(dim=-1), stream_BSD.amin(dim=-1).neg()).float()
-        if self._mask_BT is None:
-            return peaks_BS
-        attended_BS = self._mask_BT[:, -hidden_BSD.shape[1] :].bool().to(peaks_BS.device)
-        return torch.where(attended_BS, peaks_BS, 0.0)
+    def _end_pass(self) -> None:
+        """Reduce the peaks of all layers at once: a few operations per pass, not per tensor."""
+        self._seen = None
+        if not self._pass:
+            return
+        layers = list(self._pass)
+        device = self._pass[layers[0]].device
+        peaks_LBS = torch.stack([self._pass[layer].to(device) for layer in layers])
+        self._pass.clear()
+        if self._mask_BT is not None:
+            attended_BS = self._mask_BT[:, -peaks_LBS.shape[-1] :].bool().to(device)
+            peaks_LBS = torch.where(attended_BS, peaks_LBS, 0.0)
+        self._largest_L = _raised(self._largest_L, layers, peaks_LBS)
+        if self._measured in (Measured.PROMPT, Measured.HEAD):
+            columns = peaks_LBS.shape[-1] - (self._measured is Measured.PROMPT)
+            self._before_last_L = _raised(self._before_last_L, layers, peaks_LBS[..., :columns])
 
     def read_mask(self, _decoder: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         """Pre-hook of the decoder: note the attention mask (B, T); without one every position counts."""
@@ -146,12 +163,28 @@ class LargestMagnitudes:
                 "measuring the residual stream needs the decoder's 2-D attention mask [batch, past + sequence]; "
                 f"got {getattr(mask, 'shape', type(mask).__name__)}"
             )
-        self._mask_BT, self._seen = mask, None
+        self._end_pass()
+        self._mask_BT = mask
 
 
-def _raise(kept: list[torch.Tensor], layer: int, peaks_BS: torch.Tensor) -> None:
-    if peaks_BS.numel():
-        kept[layer] = torch.maximum(kept[layer].to(peaks_BS.device), peaks_BS.amax())
+def _peaks(hidden_BSD: torch.Tensor) -> torch.Tensor:
+    # Not vector_norm, which takes 18 times as long on a CPU, nor abs, which makes another such tensor.
+    stream_BSD = hidden_BSD.detach()
+    return torch.maximum(stream_BSD.amax(dim=-1), stream_BSD.amin(dim=-1).neg()).float()
+
+
+def _raised(kept_L: torch.Tensor, layers: list[int], peaks_LBS: torch.Tensor) -> torch.Tensor:
+    """What is kept, with the largest peaks of some layers."""
+    if not peaks_LBS.numel():
+        return kept_L
+    found_L = torch.zeros_like(kept_L, device=peaks_LBS.device)
+    found_L[layers] = peaks_LBS.amax(dim=(1, 2))
+    return _larger(kept_L, found_L)
+
+
+def _larger(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Elementwise, on the device of the second; NaN stays."""
+    return torch.maximum(one.to(other.device), other)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from calibration.audio import audio_sha256
 from calibration.errors import BadRecordsError, InputError
 
 if TYPE_CHECKING:
@@ -143,7 +142,8 @@ def check_kinds(harmful: Sequence[SpokenRequest], benign: Sequence[SpokenRequest
 
 def clip_digest(request: SpokenRequest) -> str | None:
     """The digest of a request's clip; None when it has none."""
-    return None if request.audio is None else audio_sha256(request.audio).hex()[:DIGEST_CHARACTERS]
+    clip = request.audio_sha256
+    return None if clip is None else clip.hex()[:DIGEST_CHARACTERS]
 
 
 def transcript_digest(request: SpokenRequest) -> str | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, NoReturn
 
-from calibration.audio import EmbeddedAudio, check_header
+from calibration.audio import EmbeddedAudio, audio_sha256, check_header
 from calibration.errors import BadRecordsError, InputError
 
 if TYPE_CHECKING:
@@ -67,6 +69,11 @@ class SpokenRequest:
     text: str
     transcript: str | None = None
     where: str | None = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def audio_sha256(self) -> bytes | None:
+        """The sha256 of the clip's encoded bytes as they were when it was first asked for; None for text alone."""
+        return None if self.audio is None else audio_sha256(self.audio)
 
     def clip(self) -> AudioSource:
         """The audio. Raises `InputError` for a request that is text alone."""
@@ -152,17 +159,24 @@ def check_audio_file(request: SpokenRequest) -> None:
 
 
 def split_bad(
-    requests: Iterable[SpokenRequest], check: Callable[[SpokenRequest], object]
+    requests: Sequence[SpokenRequest], check: Callable[[SpokenRequest], object], *, threads: int = 1
 ) -> tuple[list[SpokenRequest], list[BadRecord]]:
-    """The requests for which `check` raises no `InputError`, and the others with what it says."""
-    good, bad = [], []
-    for request in requests:
+    """The requests for which `check` raises no `InputError`, and the others with what it says.
+
+    Order is kept, also when several `threads` check.
+    """
+
+    def reason(request: SpokenRequest) -> str | None:
         try:
             check(request)
         except InputError as error:
-            bad.append(BadRecord(request.where or str(request.audio), str(error)))
-        else:
-            good.append(request)
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(threads) as pool:
+        judged = list(zip(requests, pool.map(reason, requests), strict=True))
+    good = [request for request, why in judged if why is None]
+    bad = [BadRecord(one.where or str(one.audio), why) for one, why in judged if why is not None]
     return good, bad
 
 

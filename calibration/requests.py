@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from calibration.audio import SILENCE_PEAK, AudioSource, EmbeddedAudio, audio_sha256, load_audio
+from calibration.audio import SILENCE_PEAK, AudioSource, EmbeddedAudio, load_audio
 from calibration.errors import InputError
 from calibration.readers.find import find_records
 from calibration.records import (
@@ -55,12 +55,14 @@ class RequestSet:
     requests: tuple[SpokenRequest, ...]
     skipped: tuple[BadRecord, ...] = ()
 
-    def checked(self, check: Callable[[SpokenRequest], object], on_error: OnError) -> RequestSet:
-        """The same without the requests for which `check` raises `InputError`.
+    def checked(
+        self, check: Callable[[SpokenRequest], object], on_error: OnError, *, threads: int = 1
+    ) -> RequestSet:
+        """The same without the requests for which `check` raises `InputError`, called by so many threads.
 
         Under `STOP` they are refused, all in one `InputError`; under `SKIP` one warning counts them.
         """
-        good, bad = split_bad(self.requests, check)
+        good, bad = split_bad(self.requests, check, threads=threads)
         settle(self.source, bad, len(self.requests), on_error)
         return dataclasses.replace(self, requests=tuple(good), skipped=(*self.skipped, *bad))
 
@@ -133,6 +135,6 @@ def requests_digest(requests: Sequence[SpokenRequest]) -> str:
     digest = hashlib.sha256()
     for request in requests:
         digest.update(json.dumps([request.text, request.transcript]).encode())
-        if request.audio is not None:
-            digest.update(audio_sha256(request.audio))
+        if (clip := request.audio_sha256) is not None:
+            digest.update(clip)
     return digest.hexdigest()

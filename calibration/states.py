@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 LEAST_AUDIO_TOKENS = 2
 """Below this the model's processor takes the audio token for one that it did not expand yet."""
+_COUNTING = Lock()
+"""A processor serves one thread at a time."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,8 @@ def check_clip(lalm: Lalm, request: SpokenRequest) -> NDArray[np.float32] | None
         return None
     (clip,) = load_clips(lalm, [request])
     if clip.size < MAYBE_SHORT_SECONDS * lalm.sampling_rate:
-        tokens = audio_token_count(lalm, clip)
+        with _COUNTING:
+            tokens = audio_token_count(lalm, clip)
         if tokens < LEAST_AUDIO_TOKENS:
             raise InputError(
                 f"audio {request.audio}: too short, {clip.size} samples at {lalm.sampling_rate} Hz; the model "

@@ -13,7 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from threading import Event
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
     from calibration.lalm import Lalm
 
-    Thing = TypeVar("Thing")
-    Result = TypeVar("Result")
-    Worker = TypeVar("Worker")
+Worker = TypeVar("Worker")
+Thing = TypeVar("Thing")
+Prepared = TypeVar("Prepared")
+Result = TypeVar("Result")
 
 SMALL_PARAMETERS = 50_000_000
 """Up to here a model counts as small: its largest matrices take less than a millisecond on one core."""
@@ -56,6 +58,33 @@ def one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+class FirstAlone(Generic[Worker, Thing, Prepared, Result]):
+    """Work for `in_order`: each thing is prepared, then done; none is done before the `first` one is.
+
+    Where doing that one tells how the others are to be done.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[Worker, Thing], Prepared],
+        do: Callable[[Worker, Prepared], Result],
+        first: Thing,
+    ) -> None:
+        self._prepare, self._do, self._first = prepare, do, first
+        self._first_done = Event()
+
+    def __call__(self, worker: Worker, thing: Thing) -> Result:
+        """Prepare and do one thing."""
+        if thing is self._first:
+            try:
+                return self._do(worker, self._prepare(worker, thing))
+            finally:
+                self._first_done.set()
+        prepared = self._prepare(worker, thing)
+        self._first_done.wait()
+        return self._do(worker, prepared)
 
 
 def in_order(

@@ -70,10 +70,13 @@ def read_inputs(model: Path, settings: SweepSettings) -> SweepInputs:
         model, device=settings.device, dtype=settings.dtype, device_map=settings.device_map
     )
     clips = Clips(lalm)
-    checks = {"calibration": clips.check, "held_out": lambda request: check_clip(lalm, request)}
+    on_error = settings.data.on_error
     checked = {
-        name: {kind: one.checked(checks[name], settings.data.on_error) for kind, one in kinds.items()}
-        for name, kinds in read.items()
+        "calibration": {kind: clips.checked(one, on_error) for kind, one in read["calibration"].items()},
+        "held_out": {
+            kind: one.checked(lambda request: check_clip(lalm, request), on_error)
+            for kind, one in read["held_out"].items()
+        },
     }
     for name, kinds in checked.items():
         for kind, one in kinds.items():
