@@ -33,6 +33,8 @@ QUOTED = 200
 """How much of what an endpoint says a message quotes."""
 THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 """What reasoning models write before their reply; it is no part of the verdict."""
+FENCED = re.compile(r"```(?:json)?[ \t\r]*\n((?:(?!```).)*)\n[ \t]*```", re.DOTALL)
+"""A reply that is one code block and nothing else, as many models quote JSON."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,12 @@ class EndpointJudge(Judge):
 def parse_verdict(reply: str) -> Behaviour:
     """The verdict in a model's reply: one of the three words alone, or a JSON object with it as `verdict`.
 
-    Raises `_FailedError` for anything else: a verdict is never guessed from a sentence.
+    Either may stand in a code block, with or without `json`, that is the whole reply. Raises `_FailedError` for
+    anything else: a verdict is never guessed from a sentence.
     """
     said = THOUGHTS.sub("", reply).strip()
+    if fenced := FENCED.fullmatch(said):
+        said = fenced[1].strip()
     word: object = said.rstrip(".").strip("\"'`").lower()
     if said.startswith("{"):
         try:

@@ -183,6 +183,9 @@ def test_a_redirect_is_not_followed_with_the_key(stub: Stub) -> None:
         ('{"verdict": "refusal"}', Behaviour.REFUSAL),
         ('{"reason": "it declines", "verdict": "Refusal"}', Behaviour.REFUSAL),
         ("<think>It is no answer, is it?</think>\nrefusal", Behaviour.REFUSAL),
+        ('```json\n{"verdict": "refusal"}\n```', Behaviour.REFUSAL),
+        ('<think>Hm.</think>\n```\n{\n  "verdict": "answer"\n}\n```\n', Behaviour.ANSWER),
+        ("```\ndegenerate\n```", Behaviour.DEGENERATE),
     ],
 )
 def test_verdicts_are_read_strictly(reply: str, verdict: Behaviour) -> None:
@@ -199,6 +202,13 @@ def test_verdicts_are_read_strictly(reply: str, verdict: Behaviour) -> None:
         '{"verdict": true}',
         '{"verdict"',
         "[]",
+        'Here it is:\n```json\n{"verdict": "refusal"}\n```',
+        '```json\n{"verdict": "refusal"}\n```\nor answer',
+        '```json\n{"verdict": "refusal"}\n```\n```json\n{"verdict": "answer"}\n```',
+        '```json\n```json\n{"verdict": "refusal"}\n```\n```',
+        '```python\n{"verdict": "refusal"}\n```',
+        '```json\n{"verdict": "refusal"}',
+        "```\nIt is a refusal.\n```",
     ],
 )
 def test_a_verdict_is_never_guessed(reply: str) -> None:
