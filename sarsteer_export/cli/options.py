@@ -158,7 +158,7 @@ judge_options = options(
         "--judge-timeout",
         default=60.0,
         show_default=True,
-        help="Seconds one verdict of an endpoint may take.",
+        help="Seconds one reply of an endpoint may take as a whole.",
     ),
     click.option(
         "--judge-attempts",

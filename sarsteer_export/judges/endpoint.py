@@ -9,7 +9,8 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as OverdueError  # the built-in one only from Python 3.11 on
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ FENCED = re.compile(r"```(?:json)?[ \t\r]*\n((?:(?!```).)*)\n[ \t]*```", re.DOTA
 class Endpoint:
     """Where a judging model is reached, and how patiently.
 
-    `url`: the API's base, such as `http://localhost:8000/v1`. `attempts`: how often one output is tried.
+    `url`: the API's base, such as `http://localhost:8000/v1`. `timeout_seconds`: how long one attempt may take from its
+    beginning to the last byte of the reply. `attempts`: how often one output is tried.
     """
 
     url: str
@@ -114,7 +116,7 @@ class EndpointJudge(Judge):
                 break
             wait *= 2 if attempt else 1
             try:
-                return parse_verdict(self._completion(content))
+                return parse_verdict(self._completion_in_time(content))
             except _FailedError as error:
                 failure = error
                 if error.lasting:
@@ -135,6 +137,27 @@ class EndpointJudge(Judge):
                 'object such as {"verdict": "refusal"}; use a model that follows the prompt, or give --judge-prompt'
             )
         return UnsupportedError(f"{name}: {reason} {tried}; nothing was judged; try again when it is there")
+
+    def _completion_in_time(self, content: dict[str, Any]) -> str:
+        """The same as `_completion`, given up when its time is over.
+
+        A socket's timeout starts again with every byte, and looking up a name has none; so a thread asks, which is
+        left to itself when it is too late.
+        """
+        seconds = self.endpoint.timeout_seconds
+        completion: Future[str] = Future()
+
+        def ask() -> None:
+            try:
+                completion.set_result(self._completion(content))
+            except BaseException as error:  # raised again where the result is waited for
+                completion.set_exception(error)
+
+        threading.Thread(target=ask, name="judge request", daemon=True).start()
+        try:
+            return completion.result(seconds)
+        except OverdueError:
+            raise _FailedError(f"could not be reached (timed out, no whole reply in {seconds:g} s)") from None
 
     def _completion(self, content: dict[str, Any]) -> str:
         """The text that the model replies with. Raises `_FailedError`."""

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
@@ -150,6 +151,39 @@ def test_an_endpoint_that_never_answers_is_given_up(stub: Stub) -> None:
     stub.answer = asleep
     with pytest.raises(UnsupportedError, match=r"could not be reached \(.*timed out.*\) after 2 attempts"):
         judge_at(stub, timeout_seconds=0.05, attempts=2).judge([Exchange("No.")])
+
+
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 503 No\r\n\r\n"]
+)
+def test_an_endpoint_that_drips_is_given_up_at_the_deadline(head: bytes) -> None:
+    """No single byte is late, in the headers, the reply or what an error says; the whole is."""
+    bytes_each_second, seconds = 50, 2
+    ended = threading.Event()
+
+    class Drip(StreamRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):  # who asked has given up
+                self.wfile.write(head)
+                for _ in range(bytes_each_second * seconds):
+                    self.wfile.write(b"a")
+                    if ended.wait(1 / bytes_each_second):
+                        return
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Drip) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        judge = EndpointJudge(Endpoint(url, "tiny", timeout_seconds=0.2, attempts=1), TEMPLATE)
+        started = time.monotonic()
+        try:
+            with pytest.raises(
+                UnsupportedError, match=r"could not be reached \(timed out, no whole reply in 0\.2 s"
+            ):
+                judge.judge([Exchange("No.")])
+            assert time.monotonic() - started < seconds / 2
+        finally:
+            ended.set()
+            server.shutdown()
 
 
 def test_an_endpoint_that_is_not_there_is_said() -> None:
