@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from calibration.errors import InputError
+from engines.backends import BACKENDS, CPU_BACKEND
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
 from sarsteer_export.cli.options import (
     ANY_PATH,
@@ -16,7 +17,6 @@ from sarsteer_export.cli.options import (
     chosen_model_options,
     data_options,
     device_map_option,
-    engine_option,
     force_option,
     judge_options,
     judge_settings,
@@ -60,7 +60,13 @@ OF_A_CHECKPOINT = (
 @click.option(
     "--model", type=FOLDER, default=None, help="Checkpoint of the bundle, to ask it in PyTorch too."
 )
-@engine_option
+@click.option(
+    "--engine",
+    type=click.Choice(list(BACKENDS)),
+    default=None,
+    help="What runs the bundle: one of the engines it was built with, or ONNX Runtime on the CPU.  "
+    f"[default: {CPU_BACKEND.name}]",
+)
 @judge_options
 @click.option(
     "--random-seeds",

@@ -65,8 +65,10 @@ def _checkpoint(folder: Path, settings: EvaluationSettings) -> Iterator[Subject]
         raise InputError(f"{folder}: is a checkpoint itself; --model goes with a bundle")
     if not settings.plans:
         raise InputError(f"{folder}: a checkpoint is evaluated with a plan; give at least one --plan")
-    if settings.engine != CPU_BACKEND.name:
-        raise InputError(f"{folder}: is a checkpoint; --engine {settings.engine} runs a bundle")
+    if settings.engine is not None:
+        raise InputError(
+            f"{folder}: is a checkpoint, run by PyTorch; --engine {settings.engine} runs a bundle"
+        )
     plans = [LabelledPlan(label, _loaded(plan)) for label, plan in settings.plans.items()]
     lalm, respondent = _eager(folder, settings.dtype or "float32", settings)
     for given in plans:
@@ -99,7 +101,8 @@ def _bundle(folder: Path, settings: EvaluationSettings) -> Iterator[Subject]:
         )
     manifest.check_hashes(folder)
     plans = _plans_of(folder, made_from, settings)
-    with load_bundle(folder, engine=settings.engine) as bundle:
+    engine_name = settings.engine or CPU_BACKEND.name
+    with load_bundle(folder, engine=engine_name) as bundle:
         engine = EngineRespondent(bundle)
         respondents: tuple[Respondent, ...] = (engine,)
         check = _frontend_check(
@@ -113,7 +116,7 @@ def _bundle(folder: Path, settings: EvaluationSettings) -> Iterator[Subject]:
                     f"{folder}: {_hears_nothing(manifest)}; evaluate its checkpoint with --plan"
                 )
             respondents, check = (eager, engine), _clip_check(lalm)
-        target = {"bundle": folder.name, **manifest.model, "engine": settings.engine}
+        target = {"bundle": folder.name, **manifest.model, "engine": engine_name}
         yield Subject(respondents, plans, target, check, _fitting(folder, bundle, settings.measure))
 
 

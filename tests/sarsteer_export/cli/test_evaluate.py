@@ -224,7 +224,8 @@ def test_bad_input_is_refused_and_nothing_is_written(
         without.setattr("calibration.placement.find_spec", lambda name: None)
         refused(sarsteer(*model, "--plan", plan, "--device-map", "auto"), "needs accelerate", code=3)
     refused(sarsteer(*model, "--plan", plan, "--model", inputs.model), "is a checkpoint itself")
-    refused(sarsteer(*model, "--plan", plan, "--engine", "onnxruntime-cuda"), "runs a bundle")
+    for engine in ("onnxruntime-cpu", "onnxruntime-cuda"):  # the default too, where somebody asks for it
+        refused(sarsteer(*model, "--plan", plan, "--engine", engine), f"--engine {engine} runs a bundle")
     refused(sarsteer("evaluate", tmp_path, *held_out), "config.json cannot be read")
     with monkeypatch.context() as without:
         without.setattr("sarsteer_export.bundle.frontend.PROCESSOR", Path("none.json"))
