@@ -55,7 +55,7 @@ OF_A_CHECKPOINT = (
     multiple=True,
     metavar="[LABEL=]FILE",
     help="Steering plan to evaluate, with what the report calls it; may be given several times. A bundle's own plan "
-    "is always evaluated.",
+    "is always evaluated; a checkpoint without any is measured undefended alone.",
 )
 @click.option(
     "--model", type=FOLDER, default=None, help="Checkpoint of the bundle, to ask it in PyTorch too."

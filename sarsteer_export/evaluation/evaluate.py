@@ -162,7 +162,7 @@ def _ask(
         reference: Reference | None = None
         said: dict[str, list[Measured]] = {}
         for system in served[respondent.runtime]:
-            if system.kind is SystemKind.UNDEFENDED:
+            if system.kind is SystemKind.UNDEFENDED and len(systems) > 1:  # else there is nothing to compare
                 reference = undefended(respondent, requests, judge, subject.measure, advance=counter)
                 said[system.name] = [reference.measured]
                 continue

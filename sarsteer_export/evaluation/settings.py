@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class EvaluationSettings:
     """Everything an evaluation can be told.
 
-    `plans`: plans or their files by label; beside a bundle's own, which an entry with the same edits only names.
+    `plans`: plans or their files by label; beside a bundle's own, which an entry with the same edits only names. A
+    checkpoint without any is asked undefended alone.
     `model`: the checkpoint a bundle was made from, to ask the eager model too. `engine`: what runs the bundle, by
     default ONNX Runtime on the CPU; a checkpoint takes neither. `random_seeds`: one random control per plan and seed;
     none leaves them out. `limit`: the most requests of each kind, drawn with the seed of `bootstrap`. `loading`: how

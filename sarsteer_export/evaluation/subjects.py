@@ -63,8 +63,6 @@ def _checkpoint(folder: Path, settings: EvaluationSettings) -> Iterator[Subject]
     read_config(folder)
     if settings.model is not None:
         raise InputError(f"{folder}: is a checkpoint itself; --model goes with a bundle")
-    if not settings.plans:
-        raise InputError(f"{folder}: a checkpoint is evaluated with a plan; give at least one --plan")
     if settings.engine is not None:
         raise InputError(
             f"{folder}: is a checkpoint, run by PyTorch; --engine {settings.engine} runs a bundle"

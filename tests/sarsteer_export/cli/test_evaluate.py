@@ -158,6 +158,27 @@ def test_a_checkpoint_is_evaluated_with_plans_also_spread_over_devices(
     assert [row["figures"] for row in spread["systems"]] == [row["figures"] for row in found["systems"][:2]]
 
 
+def test_a_checkpoint_without_a_plan_is_measured_undefended_alone(
+    inputs: Inputs, bundle_path: Path, held_out: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    call = ("evaluate", inputs.model, *held_out, *QUICK)
+    folder = tmp_path / "results"
+    found = answered_json(sarsteer(*call, "-o", folder, "--json"))
+    beside_a_plan = answered_json(sarsteer(*call, "--plan", bundle_path / PLAN, "--json"))
+    assert found["systems"] == beside_a_plan["systems"][:1]
+    assert "kl" not in found["systems"][0]["figures"]
+    assert (found["plans"], found["overlap"], found["agreement"]) == ({}, {}, [])
+    assert not any("random" in note for note in found["notes"])
+    assert sorted(file.name for file in folder.iterdir()) == FILES
+    assert len((folder / "outputs.jsonl").read_text(encoding="utf-8").splitlines()) == 6
+    text = "".join(ElementTree.fromstring((folder / "results.svg").read_text(encoding="utf-8")).itertext())  # noqa: S314 - ours
+    assert "undefended, eager: harmful: attack success" in text
+    assert "KL" not in text  # no empty axes of damage
+    assert "and damage by system" not in text + (folder / "results.md").read_text(encoding="utf-8")
+    table = answered(sarsteer(*call))
+    assert [len(block.splitlines()) for block in table.split("\n\n")[:2]] == [2, 2]
+
+
 def test_a_bundle_without_an_unsteered_decoder_is_asked_what_it_can_be(
     bundle_copy: Path, held_out: tuple[str | Path, ...]
 ) -> None:
@@ -219,7 +240,6 @@ def test_bad_input_is_refused_and_nothing_is_written(
     unreachable = ("--judge-url", "http://127.0.0.1:9/v1", "--judge-model-name", "m", "--judge-attempts", "1")
     refused(sarsteer(*call, *unreachable), "could not be reached", code=3)
     model = ("evaluate", inputs.model, *held_out, *QUICK)
-    refused(sarsteer(*model), "give at least one --plan")
     with monkeypatch.context() as without:
         without.setattr("calibration.placement.find_spec", lambda name: None)
         refused(sarsteer(*model, "--plan", plan, "--device-map", "auto"), "needs accelerate", code=3)
