@@ -107,9 +107,10 @@ class Unfinished:
         self.points: dict[tuple[Line, float], Point] = {}
 
     def begin(self, *, resume: bool = True) -> None:
-        """Take up what is there, or else the points of a finished sweep of the same inputs; make the folder.
+        """Take up what is there, or else the points of the finished sweep at the output; make the folder.
 
-        Without `resume`, throw it away. Raises `InputError` when what is taken up is of other inputs, or damaged.
+        Without `resume`, throw it away. Raises `InputError` when what is taken up is of other inputs, and when what is
+        there is damaged.
         """
         if not resume:
             self.remove()
@@ -152,9 +153,7 @@ class Unfinished:
     def _check_inputs(self) -> None:
         try:
             found = json.loads((self.folder / INPUTS).read_text(encoding="utf-8"))
-            other = sorted(
-                name for name in {*found, *self._inputs} if found.get(name) != self._inputs.get(name)
-            )
+            other = self._unlike(found)
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{self.folder / INPUTS}: is damaged ({error}); start anew with --no-resume"
@@ -179,14 +178,23 @@ class Unfinished:
         return {(point.line, point.alpha): point for point in points}
 
     def _finished(self) -> list[Point] | None:
-        """The points of the sweep that the output holds, if it is of the same inputs."""
+        """The points of the sweep that the output holds. Raises `InputError` when it is of other inputs."""
         try:
             content = json.loads((self._output / SWEEP_JSON).read_text(encoding="utf-8"))
-            if content["inputs"] != self._inputs or not (self._output / SWEEP_STATISTICS).is_file():
-                return None
-            return [Point.from_json(point) for point in content["points"]]
+            other = self._unlike(content["inputs"])
+            points = [Point.from_json(point) for point in content["points"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # it is replaced by a new one
+            return None  # it is no sweep, or a damaged one, and is replaced by a new one
+        if other:
+            raise InputError(
+                f"{self._output}: holds a finished sweep of other inputs ({', '.join(other)}); name another output, or "
+                "measure anew with --no-resume, which replaces it when the new one is whole"
+            )
+        return points if (self._output / SWEEP_STATISTICS).is_file() else None
+
+    def _unlike(self, found: Mapping[str, Any]) -> list[str]:
+        """The names of the inputs that are not the same."""
+        return sorted(name for name in {*found, *self._inputs} if found.get(name) != self._inputs.get(name))
 
 
 def _write_whole(file: Path, content: str) -> None:

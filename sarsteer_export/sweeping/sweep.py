@@ -54,9 +54,10 @@ def sweep(
     """Measure every setting of the grid and write the folder `output`: the table, the picture, the chosen plan.
 
     An interrupted sweep is kept beside `output` and gone on from by the same call, also with another grid or other
-    limits; so is a finished one that is overwritten. Without `resume` everything is measured anew. Without a usable
-    setting the folder holds no plan. Raises `InputError` for bad input, among it requests that calibration saw too, and
-    for an unfinished sweep of other inputs; `UnsupportedError` when the judge cannot be used here.
+    limits; so is a finished one that is overwritten. Without `resume` everything is measured anew. What is overwritten
+    stays until the new sweep is whole, also where that has no usable setting and so no plan. Raises `InputError` for
+    bad input, among it requests that calibration saw too, and for a sweep of other inputs there; `UnsupportedError`
+    when the judge cannot be used here.
     """
     target = check_output(output, overwrite=overwrite)
     inputs = read_inputs(Path(model), settings)

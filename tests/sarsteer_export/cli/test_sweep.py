@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,33 @@ def test_other_limits_choose_again_from_what_is_measured(
         )
     )
     assert counted == [0.5]
+
+
+def test_a_finished_sweep_of_other_inputs_is_replaced_only_anew_and_only_by_a_whole_one(
+    call: Arguments,
+    swept: tuple[Path, Result],
+    tmp_path: Path,
+    counted: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "sweep"
+    shutil.copytree(swept[0], folder)
+    other = (*call, "-o", folder, "--overwrite", "--max-new-tokens", "2", "--alphas", "0.5", "--ranks", "2")
+    message = refused(sarsteer(*other), str(folder), "finished sweep of other inputs", "--no-resume")
+    assert "(max_new_tokens)" in message
+    assert list(listing(tmp_path)) == ["sweep", *(f"sweep/{name}" for name in FILES)]
+    assert counted == []
+    anew = (*other, "--no-resume", "--max-kl", "0", "--max-asr", "1")
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(sweeping, "figures", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert sarsteer(*anew).exit_code == 130
+    assert listing(folder) == listing(swept[0])
+    result = sarsteer(*anew)
+    assert result.exit_code == 6
+    message = result.stderr.splitlines()[-1]
+    assert message.endswith("which holds no plan; what stood there is replaced, its plan too")
+    assert sorted(listing(folder)) == FILES[1:]
+    assert sarsteer(*anew).stderr.splitlines()[-1].endswith("which holds no plan")  # there was none to lose
 
 
 def test_a_model_spread_over_devices_is_measured_alike(
