@@ -125,7 +125,7 @@ def command(model: Path, output: Path, overwrite: bool, resume: bool, as_json: b
     of those that ablate, or with --candidates all of all. The folder
     holds all figures, a picture, and the chosen plan; where no setting is usable it holds no plan, and the exit code
     is 6. An interrupted sweep is gone on from by the same command. One of other inputs at the same output is refused,
-    unless --no-resume says to begin anew.
+    unless --no-resume says to begin anew. A second sweep there while the first is at work is always refused.
 
     \b
     Example:

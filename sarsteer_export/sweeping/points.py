@@ -14,6 +14,7 @@ from calibration.statistics import StateStatistics
 from sarsteer_export.evaluation.written import finite
 from sarsteer_export.staging import SWEEP_JSON, SWEEP_STATISTICS
 from sarsteer_export.sweeping.grid import Line
+from sarsteer_export.sweeping.lock import LOCK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from sarsteer_export.evaluation.intervals import Estimate
 
 INPUTS, POINTS = "inputs.json", "points.jsonl"
+
+
+def unfinished_folder(output: Path) -> Path:
+    """Where what a sweep has found stays until it is whole."""
+    return output.with_name(f".{output.name}.unfinished")
 
 
 @dataclass(frozen=True)
@@ -101,13 +107,13 @@ class Unfinished:
     """
 
     def __init__(self, output: Path, inputs: Mapping[str, Any]) -> None:
-        self.folder = output.with_name(f".{output.name}.unfinished")
+        self.folder = unfinished_folder(output)
         self._output = output
         self._inputs = json.loads(json.dumps(inputs))
         self.points: dict[tuple[Line, float], Point] = {}
 
     def begin(self, *, resume: bool = True) -> None:
-        """Take up what is there, or else the points of the finished sweep at the output; make the folder.
+        """Take up what is there, or else the points of the finished sweep at the output. The folder is there, `locked`.
 
         Without `resume`, throw it away. Raises `InputError` when what is taken up is of other inputs, and when what is
         there is damaged.
@@ -117,7 +123,6 @@ class Unfinished:
         if not (self.folder / INPUTS).is_file():
             self.remove()
             finished = self._finished() if resume else None
-            self.folder.mkdir(parents=True)
             for point in finished or ():
                 self.add(point)
             if finished is not None:
@@ -146,8 +151,12 @@ class Unfinished:
             raise InputError(f"{error}; start anew with --no-resume") from error
 
     def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove all but the lock from the folder."""
+        for entry in self.folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
         self.points = {}
 
     def _check_inputs(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from calibration.plan import SteeringPlan
 from sarsteer_export import Grid, MeasureSettings, SweepSettings, sweep
 from sarsteer_export.evaluation.intervals import Bootstrap
 from sarsteer_export.sweeping import sweep as sweeping
+from sarsteer_export.sweeping.lock import locked
 from tests import tiny_lalm
 from tests.sarsteer_export.command_line import (
     answered,
@@ -131,6 +133,11 @@ def test_an_interrupted_sweep_goes_on_and_comes_to_the_same(
     process = start(SLOW, *call, *ANYTHING, "-o", folder)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    beside = listing(tmp_path)
+    for resume in ("--resume", "--no-resume"):
+        second = refused(sarsteer(*call, *ANYTHING, "-o", folder, resume), "another sweep is at work on it")
+        assert f"(process {process.pid})" in second
+    assert listing(tmp_path) == beside
     done = interrupt(process)
     assert done.returncode == 130
     one_error(done.stderr, "interrupted; 2 measured settings are kept", ".sweep.unfinished", "--no-resume")
@@ -216,6 +223,32 @@ def test_a_model_spread_over_devices_is_measured_alike(
     assert [point[name] for name in names] == [wanted[name] for name in names]
     monkeypatch.setattr("calibration.placement.find_spec", lambda name: None)
     refused(sarsteer(*call, "--device-map", "auto", "-o", tmp_path / "other"), "needs accelerate", code=3)
+
+
+def test_of_sweeps_that_begin_at_once_one_goes_on(
+    call: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other began while this one read its inputs: it is at work, or has ended."""
+    folder, kept = tmp_path / "sweep", tmp_path / ".sweep.unfinished"
+    fitted = sweeping.fitted
+    with ExitStack() as other:
+
+        def begun(*given: Any) -> Any:
+            other.enter_context(locked(kept))
+            return fitted(*given)
+
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(sweeping, "fitted", begun)
+            refused(sarsteer(*call, "-o", folder), "another sweep is at work on it")
+        assert list(listing(kept)) == ["lock"]
+
+    def ended(*given: Any) -> Any:
+        folder.mkdir()
+        return fitted(*given)
+
+    monkeypatch.setattr(sweeping, "fitted", ended)
+    refused(sarsteer(*call, "-o", folder), "exists; use --overwrite")
+    assert list(listing(tmp_path)) == ["sweep"]
 
 
 def test_a_line_without_hope_is_given_up(call: Arguments, tmp_path: Path, counted: list[float]) -> None:
