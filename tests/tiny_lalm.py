@@ -32,6 +32,18 @@ SAMPLING_RATE = 16_000
 CHUNK_SECONDS = 2
 LAYERS = 3
 WIDTH = 64
+SPLIT = {
+    "model.audio_tower": "cpu",
+    "model.multi_modal_projector": "cpu",
+    "model.language_model.embed_tokens": "disk",
+    "model.language_model.layers.0": "cpu",
+    "model.language_model.layers.1": "disk",
+    "model.language_model.layers.2": "disk",
+    "model.language_model.norm": "cpu",
+    "model.language_model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
+"""A device map that leaves parts of the model on disk."""
 
 
 def build_processor() -> Qwen2AudioProcessor:

@@ -18,6 +18,7 @@ from sarsteer_export.cli.options import (
     calibration_settings,
     chosen_model_options,
     data_options,
+    device_map_option,
     device_options,
     model_options,
     overwrite_option,
@@ -37,12 +38,7 @@ if TYPE_CHECKING:
 @data_options
 @calibration_options
 @device_options
-@click.option(
-    "--device-map",
-    type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
-    default=None,
-    help="Let accelerate spread the model over all devices, instead of --device.",
-)
+@device_map_option
 @resume_option
 @model_options
 @overwrite_option

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import threading
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
 UNEXPECTED = 1
+SHARED = "calibrate"
+"""The one command that the processes of a launcher such as torchrun share among them."""
+WAIT_SECONDS = 5.0
+"""How long the others let the first process say what is wrong; a launcher ends them as soon as it has."""
 DEBUG, SIGNALLED = "sarsteer_export.debug", "sarsteer_export.signalled"
 DETAIL = "\n  "
 """What stands between the lines of a message that has details."""
@@ -60,6 +65,7 @@ class Command(click.Command):
         _log_to_stderr()
         debug = bool(context.meta.get(DEBUG))
         try:
+            self._check_alone()
             with _signals_interrupt(context):
                 return super().invoke(context)
         except SarsteerError as error:
@@ -80,6 +86,19 @@ class Command(click.Command):
                 raise  # a reader of stdout that went away, such as `head`, is no error: click ends quietly
             message, exit_code = _unexpected(error)
             _fail(context, [message], exit_code)
+
+    def _check_alone(self) -> None:
+        """Raise `InputError` where several processes would write one output: each would do all the work."""
+        count, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
+        writes = any(parameter.name == "output" for parameter in self.params)
+        if self.name == SHARED or not writes or not count.isdigit() or int(count) < 2:
+            return
+        if rank.isdigit() and int(rank) > 0:
+            time.sleep(WAIT_SECONDS)
+        raise InputError(
+            f"{self.name} runs in one process, and WORLD_SIZE is {count}: of the commands that write, {SHARED} alone "
+            "shares its work among processes; start it without a launcher such as torchrun, or unset WORLD_SIZE"
+        )
 
 
 LINE_SECONDS = 60.0

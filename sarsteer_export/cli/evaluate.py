@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from calibration.errors import InputError
+from engines.backends import BACKENDS, CPU_BACKEND
 from sarsteer_export.cli.command import Command, Progress, emit, quiet_transformers
 from sarsteer_export.cli.options import (
     ANY_PATH,
@@ -15,7 +16,7 @@ from sarsteer_export.cli.options import (
     FOLDER,
     chosen_model_options,
     data_options,
-    engine_option,
+    device_map_option,
     force_option,
     judge_options,
     judge_settings,
@@ -37,8 +38,9 @@ OF_A_CHECKPOINT = (
     "projector",
     "adapter",
     "trust_remote_code",
+    "device_map",
 )
-"""The values of `model_options`."""
+"""The values of `model_options` and `device_map_option`."""
 
 
 @click.command("evaluate", cls=Command)
@@ -53,12 +55,18 @@ OF_A_CHECKPOINT = (
     multiple=True,
     metavar="[LABEL=]FILE",
     help="Steering plan to evaluate, with what the report calls it; may be given several times. A bundle's own plan "
-    "is always evaluated.",
+    "is always evaluated; a checkpoint without any is measured undefended alone.",
 )
 @click.option(
     "--model", type=FOLDER, default=None, help="Checkpoint of the bundle, to ask it in PyTorch too."
 )
-@engine_option
+@click.option(
+    "--engine",
+    type=click.Choice(list(BACKENDS)),
+    default=None,
+    help="What runs the bundle: one of the engines it was built with, or ONNX Runtime on the CPU.  "
+    f"[default: {CPU_BACKEND.name}]",
+)
 @judge_options
 @click.option(
     "--random-seeds",
@@ -81,6 +89,7 @@ OF_A_CHECKPOINT = (
     default=None,
     help="Precision of the eager model.  [default: the bundle's, else float32]",
 )
+@device_map_option
 @model_options
 @click.option("--output", "-o", type=FOLDER, default=None, help="Folder to write results and outputs to.")
 @force_option
@@ -130,7 +139,10 @@ def command(target: Path, output: Path | None, overwrite: bool, as_json: bool, *
 
 
 def loading_of(target: Path, given: dict[str, Any]) -> ModelOptions | None:
-    """Take the values of `model_options` out of `given`; None where no checkpoint is loaded, which needs no PyTorch."""
+    """Take the values of `model_options` out of `given`; None where no checkpoint is loaded, which needs no PyTorch.
+
+    Raises `InputError` where none is loaded and there is something to be said of it in `given`.
+    """
     from sarsteer_export.evaluation.subjects import is_bundle
 
     if given["model"] is not None or not is_bundle(target):

@@ -55,6 +55,12 @@ device_options = options(
         help="Precision of the model.",
     ),
 )
+device_map_option = click.option(
+    "--device-map",
+    type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
+    default=None,
+    help="Let accelerate spread the model over all devices, instead of --device.",
+)
 model_options = options(
     *(
         click.option(f"--{option}", option.replace("-", "_"), default=None, metavar="MODULE", help=meaning)
@@ -152,7 +158,7 @@ judge_options = options(
         "--judge-timeout",
         default=60.0,
         show_default=True,
-        help="Seconds one verdict of an endpoint may take.",
+        help="Seconds one reply of an endpoint may take as a whole.",
     ),
     click.option(
         "--judge-attempts",

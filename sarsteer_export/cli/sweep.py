@@ -14,6 +14,7 @@ from sarsteer_export.cli.options import (
     FOLDER,
     chosen_model_options,
     data_options,
+    device_map_option,
     device_options,
     judge_options,
     judge_settings,
@@ -107,6 +108,7 @@ Number = TypeVar("Number", int, float)
 @click.option("--confidence", default=0.95, show_default=True, help="Confidence of every interval.")
 @click.option("--seed", default=0, show_default=True, help="Seed of subsets and resamples.")
 @device_options
+@device_map_option
 @model_options
 @click.option(
     "--resume/--no-resume",
@@ -122,7 +124,8 @@ def command(model: Path, output: Path, overwrite: bool, resume: bool, as_json: b
     set of layers the widest run of usable alphas is found; chosen is the middle of the widest
     of those that ablate, or with --candidates all of all. The folder
     holds all figures, a picture, and the chosen plan; where no setting is usable it holds no plan, and the exit code
-    is 6. An interrupted sweep is gone on from by the same command.
+    is 6. An interrupted sweep is gone on from by the same command. One of other inputs at the same output is refused,
+    unless --no-resume says to begin anew. A second sweep there while the first is at work is always refused.
 
     \b
     Example:
@@ -135,6 +138,7 @@ def command(model: Path, output: Path, overwrite: bool, resume: bool, as_json: b
     from calibration.overlap import AllowedOverlap
     from sarsteer_export.evaluation.intervals import Bootstrap
     from sarsteer_export.evaluation.measure import MeasureSettings
+    from sarsteer_export.staging import SWEEP_PLAN
     from sarsteer_export.sweeping.choice import Candidates
     from sarsteer_export.sweeping.grid import Grid, parse_alphas
     from sarsteer_export.sweeping.limits import Limits
@@ -170,10 +174,12 @@ def command(model: Path, output: Path, overwrite: bool, resume: bool, as_json: b
         **given,
     )
     quiet_transformers()
+    had_plan = (output / SWEEP_PLAN).is_file()
     found = sweep(model, settings, output, overwrite=overwrite, resume=resume, progress=Progress())
     emit(found.to_json(), found.table(), as_json=as_json)
     if found.chosen is None:
-        raise LimitsError(f"{found.nothing_usable()}; all figures are in {output}, which holds no plan")
+        lost = "; what stood there is replaced, its plan too" if had_plan else ""
+        raise LimitsError(f"{found.nothing_usable()}; all figures are in {output}, which holds no plan{lost}")
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:

@@ -5,7 +5,7 @@ Reads as its steps: read and check, open who is asked, ask every system on every
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from sarsteer_export.evaluation.agreement import Agreement, agreement
 from sarsteer_export.evaluation.figures import BENIGN, HARMFUL, differences, figures, per_prompt
 from sarsteer_export.evaluation.measure import Reference, measure, undefended, work
 from sarsteer_export.evaluation.report import MARK, Evaluation, OutputRecord, Row, any_marked
-from sarsteer_export.evaluation.subjects import open_subject
+from sarsteer_export.evaluation.subjects import open_subject, takes_clips
 from sarsteer_export.evaluation.systems import UNDEFENDED, System, SystemKind, systems_of
 from sarsteer_export.versions import installed_versions
 
@@ -57,7 +57,7 @@ def evaluate(
     Raises `InputError` for bad input, among it a bundle that was not made from `model`, and requests that a plan was
     calibrated on; `UnsupportedError` when the engine, or the judge, cannot be used here.
     """
-    sets = _read(settings)
+    sets = _read(settings, hears=takes_clips(Path(target)))
     judge = settings.judge.open(device=settings.device)
     with open_subject(Path(target), settings) as subject:
         systems = systems_of(subject.plans, settings.random_seeds)
@@ -115,11 +115,12 @@ def evaluate(
     )
 
 
-def _read(settings: EvaluationSettings) -> dict[str, RequestSet]:
-    """Both sets of requests, their files checked, nothing of them heard yet."""
+def _read(settings: EvaluationSettings, *, hears: bool) -> dict[str, RequestSet]:
+    """Both sets of requests, their files checked, nothing of them heard yet; text alone where nothing `hears`."""
+    how = replace(settings.data, require_audio=hears)
     sets = {
         kind: read_request_set(
-            data, limit=settings.limit, seed=settings.bootstrap.seed, settings=settings.data
+            data, limit=settings.limit, seed=settings.bootstrap.seed, settings=how
         ).checked(check_audio_file, settings.data.on_error)
         for kind, data in ((HARMFUL, settings.harmful), (BENIGN, settings.benign))
     }
@@ -161,7 +162,7 @@ def _ask(
         reference: Reference | None = None
         said: dict[str, list[Measured]] = {}
         for system in served[respondent.runtime]:
-            if system.kind is SystemKind.UNDEFENDED:
+            if system.kind is SystemKind.UNDEFENDED and len(systems) > 1:  # else there is nothing to compare
                 reference = undefended(respondent, requests, judge, subject.measure, advance=counter)
                 said[system.name] = [reference.measured]
                 continue

@@ -32,20 +32,28 @@ svg{color:#e6edf3;--rule:#3d444d;--fail:#ff7b72;--series-1:#4493f8;--series-2:#f
 """The colours of a file that stands alone, by the names that `report_plots` gives them."""
 
 
+def picture_title(rows: Sequence[Row]) -> str:
+    """What the picture shows; no damage where none was measured."""
+    return f"attack success{', benign answers and damage' if _any_damage(rows) else ' and benign answers'} by system"
+
+
 def evaluation_svg(rows: Sequence[Row]) -> str:
-    """Both pictures as an SVG file of its own, which follows the reader's light or dark scheme."""
+    """Rates and, where it was measured, damage as an SVG file of its own, which follows the reader's colour scheme."""
     systems = list(dict.fromkeys(row.system for row in rows))
     runtimes = list(dict.fromkeys(row.runtime for row in rows))
     height = HEAD_INCHES + ROW_INCHES * max(4, len(systems))
     with mpl.rc_context(RC):
         figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
-        rates, damage = figure.subplots(1, 2, width_ratios=(3, 2))
+        rates, *damage = (
+            figure.subplots(1, 2, width_ratios=(3, 2)) if _any_damage(rows) else [figure.subplots()]
+        )
         _draw_rates(rates, rows, systems, runtimes)
-        _draw_damage(damage, rows, systems, runtimes)
+        for axes in damage:
+            _draw_damage(axes, rows, systems, runtimes)
         handles, labels = rates.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    title = "Attack success, benign answers and damage by system"
-    svg = svg_of(figure, "evaluation", title, " ".join(map(_described, rows)))
+    title = picture_title(rows)
+    svg = svg_of(figure, "evaluation", title[0].upper() + title[1:], " ".join(map(_described, rows)))
     end = svg.index(">") + 1
     return f"{svg[:end]}<style>{STYLE}</style>{svg[end:]}\n"
 
@@ -104,6 +112,10 @@ def _draw_damage(axes: Axes, rows: Sequence[Row], systems: Sequence[str], runtim
     axes.set_xlim(left=0)
     axes.grid(linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _any_damage(rows: Sequence[Row]) -> bool:
+    return any(KL in row.figures for row in rows)
 
 
 def _has_damage(row: Row) -> bool:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.audio import MAYBE_SHORT_SECONDS
-from calibration.checkpoint import fingerprint, read_config
+from calibration.checkpoint import fingerprint, hears_audio, read_config
 from calibration.errors import InputError, UnsupportedError
 from calibration.plan import SteeringPlan, check_plan_fits
 from calibration.requests import load_audio
 from engines.backends import CPU_BACKEND, Runtime
 from sarsteer_export.bundle.bundle import Bundle, load_bundle
-from sarsteer_export.bundle.manifest import MANIFEST, PLAN, Manifest
+from sarsteer_export.bundle.manifest import ENCODER, MANIFEST, PLAN, Manifest
 from sarsteer_export.evaluation.engine import EngineRespondent
 from sarsteer_export.evaluation.systems import LabelledPlan
 
@@ -63,10 +63,10 @@ def _checkpoint(folder: Path, settings: EvaluationSettings) -> Iterator[Subject]
     read_config(folder)
     if settings.model is not None:
         raise InputError(f"{folder}: is a checkpoint itself; --model goes with a bundle")
-    if not settings.plans:
-        raise InputError(f"{folder}: a checkpoint is evaluated with a plan; give at least one --plan")
-    if settings.engine != CPU_BACKEND.name:
-        raise InputError(f"{folder}: is a checkpoint; --engine {settings.engine} runs a bundle")
+    if settings.engine is not None:
+        raise InputError(
+            f"{folder}: is a checkpoint, run by PyTorch; --engine {settings.engine} runs a bundle"
+        )
     plans = [LabelledPlan(label, _loaded(plan)) for label, plan in settings.plans.items()]
     lalm, respondent = _eager(folder, settings.dtype or "float32", settings)
     for given in plans:
@@ -99,12 +99,14 @@ def _bundle(folder: Path, settings: EvaluationSettings) -> Iterator[Subject]:
         )
     manifest.check_hashes(folder)
     plans = _plans_of(folder, made_from, settings)
-    with load_bundle(folder, engine=settings.engine) as bundle:
+    engine_name = settings.engine or CPU_BACKEND.name
+    with load_bundle(folder, engine=engine_name) as bundle:
         engine = EngineRespondent(bundle)
-        if settings.model is None:
-            respondents: tuple[Respondent, ...] = (engine,)
-            check = _frontend_check(bundle)
-        else:
+        respondents: tuple[Respondent, ...] = (engine,)
+        check = _frontend_check(
+            bundle
+        )  # before eager is asked for hours: a bundle may be unable to make its inputs
+        if settings.model is not None:
             lalm, eager = _eager(Path(settings.model), dtype, settings)
             _check_driven_alike(manifest, lalm)
             if lalm.hears and not bundle.hears:
@@ -112,8 +114,15 @@ def _bundle(folder: Path, settings: EvaluationSettings) -> Iterator[Subject]:
                     f"{folder}: {_hears_nothing(manifest)}; evaluate its checkpoint with --plan"
                 )
             respondents, check = (eager, engine), _clip_check(lalm)
-        target = {"bundle": folder.name, **manifest.model, "engine": settings.engine}
+        target = {"bundle": folder.name, **manifest.model, "engine": engine_name}
         yield Subject(respondents, plans, target, check, _fitting(folder, bundle, settings.measure))
+
+
+def takes_clips(folder: Path) -> bool:
+    """Whether a bundle or a checkpoint is asked with clips; the others, with records of text alone."""
+    return (
+        ENCODER in Manifest.read(folder).components if is_bundle(folder) else hears_audio(read_config(folder))
+    )
 
 
 def _plans_of(folder: Path, made_from: str, settings: EvaluationSettings) -> tuple[LabelledPlan, ...]:
@@ -150,7 +159,9 @@ def _eager(folder: Path, dtype: str, settings: EvaluationSettings) -> tuple[Lalm
     from calibration.model_options import ModelOptions
     from sarsteer_export.evaluation.eager import EagerRespondent
 
-    lalm = (settings.loading or ModelOptions()).load(folder, device=settings.device, dtype=dtype)
+    lalm = (settings.loading or ModelOptions()).load(
+        folder, device=settings.device, dtype=dtype, device_map=settings.device_map
+    )
     return lalm, EagerRespondent(lalm, force=settings.force)
 
 
@@ -172,18 +183,24 @@ def _clip_check(lalm: Lalm) -> Callable[[SpokenRequest], object]:
 
 
 def _frontend_check(bundle: Bundle) -> Callable[[SpokenRequest], object]:
-    front = bundle.frontend
+    if not bundle.hears:
+        return lambda request: _check_text_alone(bundle, request)
+    # Asked here, once: a processor that cannot be loaded is no fault of a record.
+    rate, longest = bundle.frontend.sampling_rate, bundle.frontend.max_audio_seconds
 
     def check(request: SpokenRequest) -> None:
-        if not bundle.hears:
-            if request.audio is not None:
-                raise InputError(
-                    f"{request}: {_hears_nothing(bundle.manifest)}; expected a record of text alone"
-                )
-            return
         source = request.clip()
-        clip = load_audio(source, sampling_rate=front.sampling_rate, max_seconds=front.max_audio_seconds)
-        if clip.size < MAYBE_SHORT_SECONDS * front.sampling_rate:
+        clip = load_audio(source, sampling_rate=rate, max_seconds=longest)
+        if clip.size < MAYBE_SHORT_SECONDS * rate:
             bundle.prompts([source], [""])  # refuses a clip that its encoder makes nothing of
 
     return check
+
+
+def _check_text_alone(bundle: Bundle, request: SpokenRequest) -> None:
+    if request.audio is None:
+        return
+    reason = f"{request}: {_hears_nothing(bundle.manifest)}"
+    if bundle.manifest.missing:
+        raise UnsupportedError(f"{reason}; evaluate its checkpoint with --plan")
+    raise InputError(f"{reason}; expected a record of text alone")

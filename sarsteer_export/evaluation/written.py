@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from sarsteer_export.evaluation.plots import evaluation_svg
+from sarsteer_export.evaluation.plots import evaluation_svg, picture_title
 from sarsteer_export.evaluation.report import agreement_lines
 from sarsteer_export.staging import OUTPUTS, RESULTS_JSON, RESULTS_MARKDOWN, RESULTS_PICTURE, staged_directory
 
@@ -33,7 +33,7 @@ def results_page(found: Evaluation) -> str:
     parts = [
         "# Results",
         found.markdown(),
-        f"![attack success, benign answers and damage by system]({RESULTS_PICTURE})",
+        f"![{picture_title(found.rows)}]({RESULTS_PICTURE})",
     ]
     if found.agreements:
         parts.append("\n".join(f"- {line}" for line in agreement_lines(found.agreements)))

@@ -23,6 +23,7 @@ def inspect_bundle(folder: Path) -> Inspection:
         f"fingerprint {manifest.model['fingerprint'][:12]}",
         f"parity: {manifest.parity['verdict']} on {manifest.parity['backend']}, {manifest.parity['precision']}",
     ]
+    lines += [f"without {name}: {reason}" for name, reason in manifest.missing.items()]
     lines += [f"engine: {entry.label}, {entry.verdict}" for entry in manifest.engines]
     for name, graph in manifest.graphs.items():
         lines.append(name)

@@ -9,7 +9,8 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as OverdueError  # the built-in one only from Python 3.11 on
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +34,16 @@ QUOTED = 200
 """How much of what an endpoint says a message quotes."""
 THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 """What reasoning models write before their reply; it is no part of the verdict."""
+FENCED = re.compile(r"```(?:json)?[ \t\r]*\n((?:(?!```).)*)\n[ \t]*```", re.DOTALL)
+"""A reply that is one code block and nothing else, as many models quote JSON."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """Where a judging model is reached, and how patiently.
 
-    `url`: the API's base, such as `http://localhost:8000/v1`. `attempts`: how often one output is tried.
+    `url`: the API's base, such as `http://localhost:8000/v1`. `timeout_seconds`: how long one attempt may take from its
+    beginning to the last byte of the reply. `attempts`: how often one output is tried.
     """
 
     url: str
@@ -112,7 +116,7 @@ class EndpointJudge(Judge):
                 break
             wait *= 2 if attempt else 1
             try:
-                return parse_verdict(self._completion(content))
+                return parse_verdict(self._completion_in_time(content))
             except _FailedError as error:
                 failure = error
                 if error.lasting:
@@ -133,6 +137,27 @@ class EndpointJudge(Judge):
                 'object such as {"verdict": "refusal"}; use a model that follows the prompt, or give --judge-prompt'
             )
         return UnsupportedError(f"{name}: {reason} {tried}; nothing was judged; try again when it is there")
+
+    def _completion_in_time(self, content: dict[str, Any]) -> str:
+        """The same as `_completion`, given up when its time is over.
+
+        A socket's timeout starts again with every byte, and looking up a name has none; so a thread asks, which is
+        left to itself when it is too late.
+        """
+        seconds = self.endpoint.timeout_seconds
+        completion: Future[str] = Future()
+
+        def ask() -> None:
+            try:
+                completion.set_result(self._completion(content))
+            except BaseException as error:  # raised again where the result is waited for
+                completion.set_exception(error)
+
+        threading.Thread(target=ask, name="judge request", daemon=True).start()
+        try:
+            return completion.result(seconds)
+        except OverdueError:
+            raise _FailedError(f"could not be reached (timed out, no whole reply in {seconds:g} s)") from None
 
     def _completion(self, content: dict[str, Any]) -> str:
         """The text that the model replies with. Raises `_FailedError`."""
@@ -172,9 +197,12 @@ class EndpointJudge(Judge):
 def parse_verdict(reply: str) -> Behaviour:
     """The verdict in a model's reply: one of the three words alone, or a JSON object with it as `verdict`.
 
-    Raises `_FailedError` for anything else: a verdict is never guessed from a sentence.
+    Either may stand in a code block, with or without `json`, that is the whole reply. Raises `_FailedError` for
+    anything else: a verdict is never guessed from a sentence.
     """
     said = THOUGHTS.sub("", reply).strip()
+    if fenced := FENCED.fullmatch(said):
+        said = fenced[1].strip()
     word: object = said.rstrip(".").strip("\"'`").lower()
     if said.startswith("{"):
         try:

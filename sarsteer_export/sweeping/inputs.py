@@ -66,7 +66,9 @@ def read_inputs(model: Path, settings: SweepSettings) -> SweepInputs:
     }
     for found in read.values():
         check_kinds(found[HARMFUL].requests, found[BENIGN].requests)
-    lalm = settings.loading.load(model, device=settings.device, dtype=settings.dtype)
+    lalm = settings.loading.load(
+        model, device=settings.device, dtype=settings.dtype, device_map=settings.device_map
+    )
     clips = Clips(lalm)
     checks = {"calibration": clips.check, "held_out": lambda request: check_clip(lalm, request)}
     checked = {
@@ -125,5 +127,5 @@ def depends_on(inputs: SweepInputs, settings: SweepSettings) -> dict[str, Any]:
         "judge": settings.judge.identity(),
         **asdict(settings.measure),
         **asdict(settings.bootstrap),
-        "device": settings.device,
+        "device": settings.device if settings.device_map is None else settings.device_map,
     }

@@ -14,6 +14,7 @@ from calibration.statistics import StateStatistics
 from sarsteer_export.evaluation.written import finite
 from sarsteer_export.staging import SWEEP_JSON, SWEEP_STATISTICS
 from sarsteer_export.sweeping.grid import Line
+from sarsteer_export.sweeping.lock import LOCK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from sarsteer_export.evaluation.intervals import Estimate
 
 INPUTS, POINTS = "inputs.json", "points.jsonl"
+
+
+def unfinished_folder(output: Path) -> Path:
+    """Where what a sweep has found stays until it is whole."""
+    return output.with_name(f".{output.name}.unfinished")
 
 
 @dataclass(frozen=True)
@@ -101,22 +107,22 @@ class Unfinished:
     """
 
     def __init__(self, output: Path, inputs: Mapping[str, Any]) -> None:
-        self.folder = output.with_name(f".{output.name}.unfinished")
+        self.folder = unfinished_folder(output)
         self._output = output
         self._inputs = json.loads(json.dumps(inputs))
         self.points: dict[tuple[Line, float], Point] = {}
 
     def begin(self, *, resume: bool = True) -> None:
-        """Take up what is there, or else the points of a finished sweep of the same inputs; make the folder.
+        """Take up what is there, or else the points of the finished sweep at the output. The folder is there, `locked`.
 
-        Without `resume`, throw it away. Raises `InputError` when what is taken up is of other inputs, or damaged.
+        Without `resume`, throw it away. Raises `InputError` when what is taken up is of other inputs, and when what is
+        there is damaged.
         """
         if not resume:
             self.remove()
         if not (self.folder / INPUTS).is_file():
             self.remove()
             finished = self._finished() if resume else None
-            self.folder.mkdir(parents=True)
             for point in finished or ():
                 self.add(point)
             if finished is not None:
@@ -145,16 +151,18 @@ class Unfinished:
             raise InputError(f"{error}; start anew with --no-resume") from error
 
     def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove all but the lock from the folder."""
+        for entry in self.folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
         self.points = {}
 
     def _check_inputs(self) -> None:
         try:
             found = json.loads((self.folder / INPUTS).read_text(encoding="utf-8"))
-            other = sorted(
-                name for name in {*found, *self._inputs} if found.get(name) != self._inputs.get(name)
-            )
+            other = self._unlike(found)
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{self.folder / INPUTS}: is damaged ({error}); start anew with --no-resume"
@@ -179,14 +187,23 @@ class Unfinished:
         return {(point.line, point.alpha): point for point in points}
 
     def _finished(self) -> list[Point] | None:
-        """The points of the sweep that the output holds, if it is of the same inputs."""
+        """The points of the sweep that the output holds. Raises `InputError` when it is of other inputs."""
         try:
             content = json.loads((self._output / SWEEP_JSON).read_text(encoding="utf-8"))
-            if content["inputs"] != self._inputs or not (self._output / SWEEP_STATISTICS).is_file():
-                return None
-            return [Point.from_json(point) for point in content["points"]]
+            other = self._unlike(content["inputs"])
+            points = [Point.from_json(point) for point in content["points"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # it is replaced by a new one
+            return None  # it is no sweep, or a damaged one, and is replaced by a new one
+        if other:
+            raise InputError(
+                f"{self._output}: holds a finished sweep of other inputs ({', '.join(other)}); name another output, or "
+                "measure anew with --no-resume, which replaces it when the new one is whole"
+            )
+        return points if (self._output / SWEEP_STATISTICS).is_file() else None
+
+    def _unlike(self, found: Mapping[str, Any]) -> list[str]:
+        """The names of the inputs that are not the same."""
+        return sorted(name for name in {*found, *self._inputs} if found.get(name) != self._inputs.get(name))
 
 
 def _write_whole(file: Path, content: str) -> None:

@@ -31,7 +31,8 @@ class SweepSettings:
     `harmful`, `benign`: requests to calibrate on, at most `limit` of each kind, drawn with the seed of `bootstrap`.
     `eval_harmful`, `eval_benign`: requests to choose by, at most `eval_limit`; figures to be reported need a third
     set. `early_stop`: a line is given up when so many alphas in succession left no benign request answered; 0
-    measures all. `loading`: how the checkpoint is loaded and driven.
+    measures all. `loading`: how the checkpoint is loaded and driven. `device_map`: how accelerate spreads it over
+    devices, instead of `device`.
     """
 
     harmful: str | Path
@@ -51,6 +52,7 @@ class SweepSettings:
     data: ReadSettings = field(default_factory=ReadSettings)
     allow_overlap: AllowedOverlap = AllowedOverlap.NONE
     device: str = "cpu"
+    device_map: str | dict[str, str | int] | None = None
     dtype: str = "float32"
     loading: ModelOptions = field(default_factory=ModelOptions)
 

@@ -23,7 +23,8 @@ from sarsteer_export.evaluation.measure import measure, undefended, work
 from sarsteer_export.staging import SWEEP_STATISTICS, check_output
 from sarsteer_export.sweeping.choice import choose
 from sarsteer_export.sweeping.inputs import SweepInputs, depends_on, fitted, read_inputs
-from sarsteer_export.sweeping.points import Point, Reading, Unfinished
+from sarsteer_export.sweeping.lock import check_free, locked
+from sarsteer_export.sweeping.points import Point, Reading, Unfinished, unfinished_folder
 from sarsteer_export.sweeping.report import Sweep, judged_lines
 from sarsteer_export.sweeping.written import write_sweep
 
@@ -54,40 +55,57 @@ def sweep(
     """Measure every setting of the grid and write the folder `output`: the table, the picture, the chosen plan.
 
     An interrupted sweep is kept beside `output` and gone on from by the same call, also with another grid or other
-    limits; so is a finished one that is overwritten. Without `resume` everything is measured anew. Without a usable
-    setting the folder holds no plan. Raises `InputError` for bad input, among it requests that calibration saw too, and
-    for an unfinished sweep of other inputs; `UnsupportedError` when the judge cannot be used here.
+    limits; so is a finished one that is overwritten. Without `resume` everything is measured anew. What is overwritten
+    stays until the new sweep is whole, also where that has no usable setting and so no plan. Raises `InputError` for
+    bad input, among it requests that calibration saw too, and for a sweep there that is of other inputs, or under
+    way in another process; `UnsupportedError` when the judge cannot be used here.
     """
     target = check_output(output, overwrite=overwrite)
+    check_free(unfinished_folder(target))  # before a model is loaded for nothing
     inputs = read_inputs(Path(model), settings)
     judge = settings.judge.open(device=settings.device)
     grid = fitted(settings.grid, inputs)
     unfinished = Unfinished(target, depends_on(inputs, settings))
-    unfinished.begin(resume=resume)
-    try:
-        statistics, largest = _statistics(inputs, settings, unfinished, progress)
-        reference, points = _measured(inputs, grid, statistics, judge, settings, unfinished, progress)
-        choice = choose(judged_lines(points, settings.limits, reference), settings.candidates)
-        found = Sweep(
-            inputs=depends_on(inputs, settings),
-            overlap=inputs.overlap.counts,
-            grid=grid,
-            limits=settings.limits,
-            candidates=settings.candidates,
-            early_stop=settings.early_stop,
-            undefended=reference,
-            points=tuple(points),
-            choice=choice,
-        )
-        plan = _chosen_plan(found, inputs, statistics, largest, settings, progress)
-        found = write_sweep(found, plan, unfinished.folder / SWEEP_STATISTICS, target, overwrite=overwrite)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; {len(unfinished.points)} measured settings are kept in {unfinished.folder}; the same "
-            "command goes on from there, with --no-resume it starts anew"
-        ) from None
-    unfinished.remove()
+    with locked(unfinished.folder):
+        check_output(target, overwrite=overwrite)  # another sweep may have ended meanwhile
+        unfinished.begin(resume=resume)
+        try:
+            found, plan = _swept(inputs, grid, judge, settings, unfinished, progress)
+            kept = unfinished.folder / SWEEP_STATISTICS
+            found = write_sweep(found, plan, kept, target, overwrite=overwrite)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; {len(unfinished.points)} measured settings are kept in {unfinished.folder}; the same "
+                "command goes on from there, with --no-resume it starts anew"
+            ) from None
+        unfinished.remove()
     return found
+
+
+def _swept(
+    inputs: SweepInputs,
+    grid: Grid,
+    judge: Judge,
+    settings: SweepSettings,
+    unfinished: Unfinished,
+    progress: Progress | None,
+) -> tuple[Sweep, SteeringPlan | None]:
+    """The whole grid measured, and the plan of the chosen setting if there is one."""
+    statistics, largest = _statistics(inputs, settings, unfinished, progress)
+    reference, points = _measured(inputs, grid, statistics, judge, settings, unfinished, progress)
+    choice = choose(judged_lines(points, settings.limits, reference), settings.candidates)
+    found = Sweep(
+        inputs=depends_on(inputs, settings),
+        overlap=inputs.overlap.counts,
+        grid=grid,
+        limits=settings.limits,
+        candidates=settings.candidates,
+        early_stop=settings.early_stop,
+        undefended=reference,
+        points=tuple(points),
+        choice=choice,
+    )
+    return found, _chosen_plan(found, inputs, statistics, largest, settings, progress)
 
 
 def _statistics(

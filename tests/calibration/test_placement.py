@@ -15,19 +15,9 @@ from calibration.directions import SteeringSettings
 from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, encode_requests, load_lalm
 from calibration.placement import input_device
+from tests.tiny_lalm import SPLIT
 
 SETTINGS = CalibrationSettings(SteeringSettings(rank=2), limit=3)
-SPLIT = {
-    "model.audio_tower": "cpu",
-    "model.multi_modal_projector": "cpu",
-    "model.language_model.embed_tokens": "disk",
-    "model.language_model.layers.0": "cpu",
-    "model.language_model.layers.1": "disk",
-    "model.language_model.layers.2": "disk",
-    "model.language_model.norm": "cpu",
-    "model.language_model.rotary_emb": "cpu",
-    "lm_head": "disk",
-}
 
 
 @pytest.mark.parametrize("device_map", ["auto", SPLIT], ids=["auto", "split, parts on disk"])

@@ -51,6 +51,13 @@ def test_its_bundle_says_what_drives_it_and_what_is_not_in_it(bundle: Path) -> N
     assert manifest["parity"]["verdict"] == "passed"
     assert manifest["model"]["driven_by"]["adapter"] == "KimiAudio"
     assert set(manifest["model"]["missing"]) == {"audio_encoder", "frontend"}
+    told = answered(sarsteer("inspect", bundle))
+    assert "without frontend: its processor is driven by the adapter KimiAudio" in told
+
+
+def test_its_bundle_is_not_evaluated(bundle: Path, harmful_requests: Path, benign_requests: Path) -> None:
+    data = ("--harmful", harmful_requests, "--benign", benign_requests)
+    refused(sarsteer("evaluate", bundle, *data), "evaluate its checkpoint with --plan", code=3)
 
 
 def test_it_is_verified_with_the_adapter_it_was_made_with_and_no_other(

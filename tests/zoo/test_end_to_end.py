@@ -14,16 +14,18 @@ from calibration.lalm import Lalm
 from calibration.plan import Site
 from graph_passes.residual_stream import find_residual_stream
 from sarsteer_export.bundle.bundle import load_bundle
-from sarsteer_export.bundle.manifest import ENCODER, MANIFEST, STEERED_DECODER
-from tests.sarsteer_export.command_line import answered, refused, sarsteer
+from sarsteer_export.bundle.manifest import ENCODER, MANIFEST, PLAN, STEERED_DECODER
+from tests.sarsteer_export.command_line import answered, answered_json, refused, sarsteer
 from tests.zoo.catalogue import BEGIN, DOCUMENT, END, row, table
-from tests.zoo.end_to_end import Built, build
+from tests.zoo.end_to_end import TEXTS, Built, build
 from tests.zoo.families import FAMILIES, Family
 
 SECONDS = (0.31, 0.4, 0.8, 1.0, 1.23, 1.6, 1.87)
 """Clips that fill their last chunk, block or window to the end, and clips that do not."""
 EMBEDDINGS_RTOL = 1e-5
 """float32 sums in another order; relative to the largest embedding, measured at most 7e-7."""
+DAMAGE_RTOL = 1e-3
+"""A divergence is a sum over the vocabulary of float32 differences; between runtimes, measured at most 4e-5."""
 KV_SHARED = {"Gemma 4": 4}
 """Caches of families whose last blocks attend to keys and values of earlier ones; the others have two per block."""
 
@@ -100,6 +102,24 @@ def test_an_answer_is_read_from_the_bundle_alone(built: Built, tmp_path: Path) -
         assert isinstance(json.loads(answered(spoken))["answer"], str)
     else:
         assert reason in refused(spoken, "cannot hear clips", code=3)
+
+
+def test_bundle_and_checkpoint_are_evaluated_and_agree(built: Built) -> None:
+    """Reuses what calibration saw: of random weights no figure means anything, but both have to say the same."""
+    data = [part for kind in TEXTS for part in (f"--{kind}", built.bundle.parent / kind / "requests.jsonl")]
+    size = ("--limit", "1", "--max-new-tokens", "2", "--random-seeds", "none", "--bootstrap", "100")
+    call = (*data, *size, "--allow-overlap", "all", "--json")
+    if built.family.hears and ENCODER not in built.manifest.components:
+        refused(sarsteer("evaluate", built.bundle, *call), "evaluate its checkpoint with --plan", code=3)
+        asked, runtimes = (built.lalm.path, "--plan", built.bundle / PLAN), 1
+    else:
+        asked, runtimes = (built.bundle, "--model", built.lalm.path), 2
+    found = answered_json(sarsteer("evaluate", *asked, *call))
+    assert [system["kind"] for system in found["systems"]] == ["undefended", "steered"] * runtimes
+    damage = [system["figures"]["kl"]["value"] for system in found["systems"][1::2]]
+    assert min(damage) > 0
+    assert max(damage) <= min(damage) * (1 + DAMAGE_RTOL)
+    assert [(one["total"], one["identical"]) for one in found["agreement"]] == [(2, 2)] * (2 * runtimes - 2)
 
 
 def test_positions_of_text_and_audio_are_equal_on_every_axis(family_lalm: Lalm) -> None:

@@ -12,10 +12,15 @@ import torch
 import transformers
 
 from calibration.families.clip_by_clip import run_clip_by_clip
-from calibration.lalm import load_lalm
+from calibration.lalm import Lalm, load_lalm
 from calibration.processor import LeftOut, audio_only, load_processor
-from tests.zoo import gemma4, phi4_multimodal
+from tests.zoo import flamingo, gemma4, phi4_multimodal
 from tests.zoo.tokenizer import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def music_flamingo(tmp_path_factory: pytest.TempPathFactory) -> Lalm:
+    return load_lalm(flamingo.save_music_flamingo(tmp_path_factory.mktemp("music_flamingo")))
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,22 @@ def test_parts_that_hear_are_checked_all_the_same() -> None:
     tokenizer = build_tokenizer(audio_token="<|audio|>", image_token="<|image|>")
     with pytest.raises(TypeError, match="LeftOut"):
         audio_only(transformers.Phi4MultimodalProcessor)(LeftOut(), LeftOut(), tokenizer)
+
+
+@pytest.mark.parametrize("tail", [0, 1, 320, 321])
+def test_a_clip_that_ends_just_behind_a_window_is_heard_alike_alone_and_beside_another(
+    music_flamingo: Lalm, tail: int
+) -> None:
+    adapter = music_flamingo.adapter
+    window = flamingo.WINDOW_SECONDS * adapter.sampling_rate
+    random = np.random.default_rng(0)
+    clips = [0.1 * random.standard_normal(size).astype(np.float32) for size in (window + tail, 2 * window)]
+    with torch.inference_mode():
+        alone = [adapter.audio_embeddings(adapter.encode(["one"], [clip])) for clip in clips]
+        together = adapter.audio_embeddings(adapter.encode(["one", "two"], clips))
+    assert [len(found) for found in alone] == [25 + (tail > 320), 50]
+    # float32 sums in another order
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
 
 
 class Encoder(torch.nn.Module):

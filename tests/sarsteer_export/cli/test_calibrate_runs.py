@@ -36,6 +36,18 @@ command.Progress.__call__ = slow
 from sarsteer_export.cli import main
 main(sys.argv[3:])
 """
+HOLDING = """
+import sys, time
+from calibration.collection import Collection
+take = Collection._take
+def hold(self, batch, done):
+    take(self, batch, done)
+    print("ready", flush=True)
+    time.sleep(60)
+Collection._take = hold
+from sarsteer_export.cli import main
+main(sys.argv[1:])
+"""
 COUNTING = """
 import json, sys
 from calibration import collection
@@ -123,7 +135,7 @@ def test_without_resume_it_starts_anew(
 
 
 def run_two(*arguments: str | Path) -> list[subprocess.CompletedProcess[str]]:
-    """What `torchrun --nproc-per-node 2 -m sarsteer_export` starts."""
+    """Two processes as a launcher starts them, each with what it says of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -151,16 +163,39 @@ def run_two(*arguments: str | Path) -> list[subprocess.CompletedProcess[str]]:
     return ended
 
 
-def test_two_processes_make_the_plan_of_one(
+def torchrun(*arguments: str | Path) -> subprocess.Popen[str]:
+    """Two processes as the launcher itself starts them, of a script or, behind `-m`, a module."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*launcher, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_of_torchrun_go_on_after_an_interruption_and_make_the_plan_of_one(
     given: tuple[str | Path, ...], plan_path: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "plan.safetensors"
-    first, second = run_two(*given, "-o", output)
-    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert second.stdout == second.stderr == ""
-    assert f"-> {output}" in first.stdout
-    assert [line for line in first.stderr.splitlines() if "/" in line][-1] == "steered: 11/11"
-    assert list(listing(tmp_path)) == ["plan.safetensors"]
+    script, output = tmp_path / "holding.py", tmp_path / "out" / "plan.safetensors"
+    script.write_text(HOLDING, encoding="utf-8")
+    process = torchrun(script, *given, "-o", output)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2  # one batch of two in each
+    stopped = interrupt(process)
+    assert stopped.returncode != 0
+    assert stopped.stderr.count("2 of 11 requests are done and kept") == 1
+    unfinished = f".{output.name}.unfinished"
+    assert list(listing(output.parent)) == [unfinished, f"{unfinished}.1"]
+
+    again = torchrun("-m", "sarsteer_export", *given, "-o", output)
+    stdout, stderr = again.communicate(timeout=300)
+    assert again.returncode == 0, stderr
+    assert "4 of 11 requests are done" in stderr
+    assert stdout.count(f"-> {output}") == 1
+    assert [line for line in stderr.splitlines() if "/" in line][-1] == "steered: 11/11"
+    assert list(listing(output.parent)) == [output.name]
     # The same batches, their float64 sums in another order: at most one rounding to float32 of values below 2.
     np.testing.assert_allclose(vectors(output), vectors(plan_path), rtol=0, atol=2.4e-7)
     assert SteeringPlan.load(output).provenance == SteeringPlan.load(plan_path).provenance

@@ -4,12 +4,55 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 
 from calibration.plan import Add, SteeringPlan
 from sarsteer_export.bundle.manifest import PLAN
+from sarsteer_export.cli import COMMANDS, LazyGroup, main
+from sarsteer_export.cli.command import WAIT_SECONDS
 from tests.sarsteer_export.command_line import answered, answered_json, refused, run_python, sarsteer
 from tests.sarsteer_export.conftest import Inputs
+
+DATA = ("--harmful", "none.jsonl", "--benign", "none.jsonl")
+WRITING = [
+    ("build", "none", *DATA, "-o", "out"),
+    ("export", "none", "-o", "out"),
+    ("convert", "none.gguf", "-o", "out.safetensors"),
+    ("patch", "none.onnx", "--plan", "none.safetensors", "-o", "out.onnx"),
+    ("unpatch", "none.onnx", "-o", "out.onnx"),
+    ("build-engine", "none.onnx", "--engine", "onnxruntime-cuda", "-o", "out"),
+    ("refit", "none.onnx", "--plan", "none.safetensors"),
+    ("evaluate", "none", *DATA),
+    ("sweep", "none", *DATA, "--eval-harmful", "none.jsonl", "--eval-benign", "none.jsonl", "-o", "out"),
+]
+
+
+def test_all_commands_that_write_are_known_here() -> None:
+    assert isinstance(main, LazyGroup)
+    commands = {name: main.get_command(click.Context(main), name) for name in COMMANDS}
+    writing = {
+        name
+        for name, command in commands.items()
+        if command is not None and any(parameter.name == "output" for parameter in command.params)
+    }
+    assert writing == {call[0] for call in WRITING} | {"calibrate"}
+
+
+@pytest.mark.parametrize("call", WRITING, ids=lambda call: str(call[0]))
+def test_only_calibrate_is_shared_among_processes(
+    call: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    slept: list[float] = []
+    monkeypatch.setattr("sarsteer_export.cli.command.time.sleep", slept.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        refused(sarsteer(*call), f"{call[0]} runs in one process, and WORLD_SIZE is 2", "calibrate")
+    assert slept == [WAIT_SECONDS]  # process 0 has spoken by then, and the launcher has ended the other
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "WORLD_SIZE" not in refused(sarsteer(*call))
 
 
 @pytest.fixture

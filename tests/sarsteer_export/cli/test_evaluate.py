@@ -13,8 +13,10 @@ import soundfile
 from click.testing import Result
 
 from calibration.plan import SteeringPlan
+from sarsteer_export import EvaluationSettings, MeasureSettings, evaluate
 from sarsteer_export.bundle.manifest import PLAN, UNSTEERED_DECODER
 from sarsteer_export.evaluation.figures import FIGURES
+from sarsteer_export.evaluation.intervals import Bootstrap
 from tests import tiny_lalm
 from tests.sarsteer_export.command_line import (
     answered,
@@ -141,7 +143,7 @@ def test_the_table_has_a_line_per_system_and_says_what_its_intervals_are(
     assert "eager" not in text
 
 
-def test_a_checkpoint_is_evaluated_with_plans(
+def test_a_checkpoint_is_evaluated_with_plans_also_spread_over_devices(
     inputs: Inputs, bundle_path: Path, held_out: tuple[str | Path, ...]
 ) -> None:
     plan = bundle_path / PLAN
@@ -150,6 +152,31 @@ def test_a_checkpoint_is_evaluated_with_plans(
     assert [row["system"] for row in found["systems"]] == ["undefended", "ours", "random, ours"]
     assert found["agreement"] == []
     assert found["plans"] == {"ours": SteeringPlan.load(plan).digest()}
+    loading = {"plans": {"ours": plan}, "random_seeds": (), "limit": 3, "device_map": tiny_lalm.SPLIT}
+    size = {"measure": MeasureSettings(max_new_tokens=3), "bootstrap": Bootstrap(resamples=200)}
+    spread = evaluate(inputs.model, EvaluationSettings(*held_out[1::2], **loading, **size)).to_json()
+    assert [row["figures"] for row in spread["systems"]] == [row["figures"] for row in found["systems"][:2]]
+
+
+def test_a_checkpoint_without_a_plan_is_measured_undefended_alone(
+    inputs: Inputs, bundle_path: Path, held_out: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    call = ("evaluate", inputs.model, *held_out, *QUICK)
+    folder = tmp_path / "results"
+    found = answered_json(sarsteer(*call, "-o", folder, "--json"))
+    beside_a_plan = answered_json(sarsteer(*call, "--plan", bundle_path / PLAN, "--json"))
+    assert found["systems"] == beside_a_plan["systems"][:1]
+    assert "kl" not in found["systems"][0]["figures"]
+    assert (found["plans"], found["overlap"], found["agreement"]) == ({}, {}, [])
+    assert not any("random" in note for note in found["notes"])
+    assert sorted(file.name for file in folder.iterdir()) == FILES
+    assert len((folder / "outputs.jsonl").read_text(encoding="utf-8").splitlines()) == 6
+    text = "".join(ElementTree.fromstring((folder / "results.svg").read_text(encoding="utf-8")).itertext())  # noqa: S314 - ours
+    assert "undefended, eager: harmful: attack success" in text
+    assert "KL" not in text  # no empty axes of damage
+    assert "and damage by system" not in text + (folder / "results.md").read_text(encoding="utf-8")
+    table = answered(sarsteer(*call))
+    assert [len(block.splitlines()) for block in table.split("\n\n")[:2]] == [2, 2]
 
 
 def test_a_bundle_without_an_unsteered_decoder_is_asked_what_it_can_be(
@@ -194,6 +221,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
     other_checkpoint: Path,
     held_out: tuple[str | Path, ...],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     call = ("evaluate", bundle_path, *held_out, *QUICK, "-o", tmp_path / "results")
     plan = bundle_path / PLAN
@@ -203,6 +231,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
     refused(sarsteer(*call, "--plan", "undefended=" + str(plan)), "the label 'undefended' is taken")
     refused(sarsteer(*call, "--plan", f"a={plan}", "--plan", f"a={plan}"), "the label 'a' is taken")
     refused(sarsteer(*call, "--decoder", "model.layers"), "--decoder is about a checkpoint")
+    refused(sarsteer(*call, "--device-map", "auto"), "--device-map is about a checkpoint")
     refused(sarsteer(*call, "--random-seeds", "0,x"), "are no numbers")
     refused(sarsteer(*call, "--random-seeds", "1,1"), "expected different numbers")
     refused(sarsteer(*call, "--bootstrap", "5"), "expected 100 to")
@@ -211,10 +240,19 @@ def test_bad_input_is_refused_and_nothing_is_written(
     unreachable = ("--judge-url", "http://127.0.0.1:9/v1", "--judge-model-name", "m", "--judge-attempts", "1")
     refused(sarsteer(*call, *unreachable), "could not be reached", code=3)
     model = ("evaluate", inputs.model, *held_out, *QUICK)
-    refused(sarsteer(*model), "give at least one --plan")
+    with monkeypatch.context() as without:
+        without.setattr("calibration.placement.find_spec", lambda name: None)
+        refused(sarsteer(*model, "--plan", plan, "--device-map", "auto"), "needs accelerate", code=3)
     refused(sarsteer(*model, "--plan", plan, "--model", inputs.model), "is a checkpoint itself")
-    refused(sarsteer(*model, "--plan", plan, "--engine", "onnxruntime-cuda"), "runs a bundle")
+    for engine in ("onnxruntime-cpu", "onnxruntime-cuda"):  # the default too, where somebody asks for it
+        refused(sarsteer(*model, "--plan", plan, "--engine", engine), f"--engine {engine} runs a bundle")
     refused(sarsteer("evaluate", tmp_path, *held_out), "config.json cannot be read")
+    with monkeypatch.context() as without:
+        without.setattr("sarsteer_export.bundle.frontend.PROCESSOR", Path("none.json"))
+        refused(sarsteer(*call), "none.json: holds no settings")  # said once, not of every record
+        before = sarsteer(*call, "--model", inputs.model)
+        refused(before, "none.json: holds no settings")
+        assert "evaluate: " not in before.stderr
     assert list(tmp_path.iterdir()) == []
 
 

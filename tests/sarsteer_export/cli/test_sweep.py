@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import pytest
 from click.testing import Result
 
 from calibration.plan import SteeringPlan
+from sarsteer_export import Grid, MeasureSettings, SweepSettings, sweep
+from sarsteer_export.evaluation.intervals import Bootstrap
 from sarsteer_export.sweeping import sweep as sweeping
+from sarsteer_export.sweeping.lock import locked
 from tests import tiny_lalm
 from tests.sarsteer_export.command_line import (
     answered,
@@ -128,6 +133,11 @@ def test_an_interrupted_sweep_goes_on_and_comes_to_the_same(
     process = start(SLOW, *call, *ANYTHING, "-o", folder)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    beside = listing(tmp_path)
+    for resume in ("--resume", "--no-resume"):
+        second = refused(sarsteer(*call, *ANYTHING, "-o", folder, resume), "another sweep is at work on it")
+        assert f"(process {process.pid})" in second
+    assert listing(tmp_path) == beside
     done = interrupt(process)
     assert done.returncode == 130
     one_error(done.stderr, "interrupted; 2 measured settings are kept", ".sweep.unfinished", "--no-resume")
@@ -165,6 +175,80 @@ def test_other_limits_choose_again_from_what_is_measured(
         )
     )
     assert counted == [0.5]
+
+
+def test_a_finished_sweep_of_other_inputs_is_replaced_only_anew_and_only_by_a_whole_one(
+    call: Arguments,
+    swept: tuple[Path, Result],
+    tmp_path: Path,
+    counted: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "sweep"
+    shutil.copytree(swept[0], folder)
+    other = (*call, "-o", folder, "--overwrite", "--max-new-tokens", "2", "--alphas", "0.5", "--ranks", "2")
+    message = refused(sarsteer(*other), str(folder), "finished sweep of other inputs", "--no-resume")
+    assert "(max_new_tokens)" in message
+    assert list(listing(tmp_path)) == ["sweep", *(f"sweep/{name}" for name in FILES)]
+    assert counted == []
+    anew = (*other, "--no-resume", "--max-kl", "0", "--max-asr", "1")
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(sweeping, "figures", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert sarsteer(*anew).exit_code == 130
+    assert listing(folder) == listing(swept[0])
+    result = sarsteer(*anew)
+    assert result.exit_code == 6
+    message = result.stderr.splitlines()[-1]
+    assert message.endswith("which holds no plan; what stood there is replaced, its plan too")
+    assert sorted(listing(folder)) == FILES[1:]
+    assert sarsteer(*anew).stderr.splitlines()[-1].endswith("which holds no plan")  # there was none to lose
+
+
+def test_a_model_spread_over_devices_is_measured_alike(
+    call: Arguments,
+    swept: tuple[Path, Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = SweepSettings(
+        *call[3:10:2],
+        grid=Grid(alphas=(0.5,), ranks=(2,)),
+        measure=MeasureSettings(max_new_tokens=3),
+        bootstrap=Bootstrap(resamples=200),
+        device_map=tiny_lalm.SPLIT,
+    )
+    (point,) = sweep(call[1], settings, tmp_path / "sweep").to_json()["points"]
+    wanted = answered_json(swept[1])["points"][3]
+    names = ("rank", "alpha", "figures")
+    assert [point[name] for name in names] == [wanted[name] for name in names]
+    monkeypatch.setattr("calibration.placement.find_spec", lambda name: None)
+    refused(sarsteer(*call, "--device-map", "auto", "-o", tmp_path / "other"), "needs accelerate", code=3)
+
+
+def test_of_sweeps_that_begin_at_once_one_goes_on(
+    call: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other began while this one read its inputs: it is at work, or has ended."""
+    folder, kept = tmp_path / "sweep", tmp_path / ".sweep.unfinished"
+    fitted = sweeping.fitted
+    with ExitStack() as other:
+
+        def begun(*given: Any) -> Any:
+            other.enter_context(locked(kept))
+            return fitted(*given)
+
+        with monkeypatch.context() as meanwhile:
+            meanwhile.setattr(sweeping, "fitted", begun)
+            refused(sarsteer(*call, "-o", folder), "another sweep is at work on it")
+        assert list(listing(kept)) == ["lock"]
+
+    def ended(*given: Any) -> Any:
+        folder.mkdir()
+        return fitted(*given)
+
+    monkeypatch.setattr(sweeping, "fitted", ended)
+    refused(sarsteer(*call, "-o", folder), "exists; use --overwrite")
+    assert list(listing(tmp_path)) == ["sweep"]
 
 
 def test_a_line_without_hope_is_given_up(call: Arguments, tmp_path: Path, counted: list[float]) -> None:

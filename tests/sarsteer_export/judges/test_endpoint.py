@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
@@ -152,6 +153,39 @@ def test_an_endpoint_that_never_answers_is_given_up(stub: Stub) -> None:
         judge_at(stub, timeout_seconds=0.05, attempts=2).judge([Exchange("No.")])
 
 
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 503 No\r\n\r\n"]
+)
+def test_an_endpoint_that_drips_is_given_up_at_the_deadline(head: bytes) -> None:
+    """No single byte is late, in the headers, the reply or what an error says; the whole is."""
+    bytes_each_second, seconds = 50, 2
+    ended = threading.Event()
+
+    class Drip(StreamRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):  # who asked has given up
+                self.wfile.write(head)
+                for _ in range(bytes_each_second * seconds):
+                    self.wfile.write(b"a")
+                    if ended.wait(1 / bytes_each_second):
+                        return
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Drip) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        judge = EndpointJudge(Endpoint(url, "tiny", timeout_seconds=0.2, attempts=1), TEMPLATE)
+        started = time.monotonic()
+        try:
+            with pytest.raises(
+                UnsupportedError, match=r"could not be reached \(timed out, no whole reply in 0\.2 s"
+            ):
+                judge.judge([Exchange("No.")])
+            assert time.monotonic() - started < seconds / 2
+        finally:
+            ended.set()
+            server.shutdown()
+
+
 def test_an_endpoint_that_is_not_there_is_said() -> None:
     endpoint = Endpoint("http://127.0.0.1:9/v1", "tiny", attempts=2, first_wait_seconds=0.001)
     with pytest.raises(UnsupportedError, match=r"tiny at http://127.0.0.1:9/v1: could not be reached"):
@@ -183,6 +217,9 @@ def test_a_redirect_is_not_followed_with_the_key(stub: Stub) -> None:
         ('{"verdict": "refusal"}', Behaviour.REFUSAL),
         ('{"reason": "it declines", "verdict": "Refusal"}', Behaviour.REFUSAL),
         ("<think>It is no answer, is it?</think>\nrefusal", Behaviour.REFUSAL),
+        ('```json\n{"verdict": "refusal"}\n```', Behaviour.REFUSAL),
+        ('<think>Hm.</think>\n```\n{\n  "verdict": "answer"\n}\n```\n', Behaviour.ANSWER),
+        ("```\ndegenerate\n```", Behaviour.DEGENERATE),
     ],
 )
 def test_verdicts_are_read_strictly(reply: str, verdict: Behaviour) -> None:
@@ -199,6 +236,13 @@ def test_verdicts_are_read_strictly(reply: str, verdict: Behaviour) -> None:
         '{"verdict": true}',
         '{"verdict"',
         "[]",
+        'Here it is:\n```json\n{"verdict": "refusal"}\n```',
+        '```json\n{"verdict": "refusal"}\n```\nor answer',
+        '```json\n{"verdict": "refusal"}\n```\n```json\n{"verdict": "answer"}\n```',
+        '```json\n```json\n{"verdict": "refusal"}\n```\n```',
+        '```python\n{"verdict": "refusal"}\n```',
+        '```json\n{"verdict": "refusal"}',
+        "```\nIt is a refusal.\n```",
     ],
 )
 def test_a_verdict_is_never_guessed(reply: str) -> None:
