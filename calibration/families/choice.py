@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from calibration.families.gemma4 import Gemma4
 from calibration.families.granite_speech import GraniteSpeech
+from calibration.families.music_flamingo import MusicFlamingo
 from calibration.families.phi4_multimodal import Phi4Multimodal
 from calibration.families.qwen3_asr import Qwen3Asr
 from calibration.families.qwen3_omni import Qwen3Omni
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 ADAPTERS: tuple[type[ModelAdapter], ...] = (
     Gemma4,
     GraniteSpeech,
+    MusicFlamingo,
     Phi4Multimodal,
     Qwen3Asr,
     Qwen3Omni,
