@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import Phi4MultimodalForCausalLM
 
 from calibration.errors import UnsupportedError
 from sarsteer_export.exporting.granite_attention import blocks_of_any_length
@@ -21,6 +22,7 @@ from sarsteer_export.exporting.packed_encoders import (
     packed_attention,
     packing,
 )
+from sarsteer_export.exporting.phi4_encoder import Phi4AudioEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,11 +130,13 @@ class PackedAudioEncoder(nn.Module):
         return embedded
 
 
-def flat_encoder(model: PreTrainedModel) -> FlatAudioEncoder | PackedAudioEncoder:
+def flat_encoder(model: PreTrainedModel) -> FlatAudioEncoder | PackedAudioEncoder | Phi4AudioEncoder:
     """The audio encoder of a model that is not built like Qwen2-Audio, as a component.
 
     Raises `UnsupportedError` when the model does not say how audio is embedded.
     """
+    if isinstance(model, Phi4MultimodalForCausalLM):
+        return Phi4AudioEncoder(model)
     tower = getattr(getattr(model, "model", model), "audio_tower", None)
     return PackedAudioEncoder(model) if tower is not None and is_packed(tower) else FlatAudioEncoder(model)
 

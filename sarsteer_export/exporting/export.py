@@ -27,6 +27,7 @@ from sarsteer_export.exporting.contract import (
     name_embed_tokens,
     name_flat_audio_encoder,
 )
+from sarsteer_export.exporting.phi4_encoder import Phi4AudioEncoder
 from sarsteer_export.exporting.tracing import trace, write
 from sarsteer_export.staging import check_output, staged_directory
 
@@ -167,6 +168,8 @@ def _trace_audio_encoder(lalm: Lalm) -> ir.Model:
         if isinstance(component, PackedAudioEncoder):
             features, mask = (sample.inputs[name] for name in component.names)
             told = {"features": features, "mask": mask}
+        if isinstance(component, Phi4AudioEncoder):
+            told = {name: component.of_several_windows(told[name]) for name in component.names}
         traced = trace(component, told)
         name_flat_audio_encoder(traced, sample.sizes)
         return traced

@@ -29,23 +29,10 @@ STACK_TRACE_KEY = "pkg.torch.onnx.stack_trace"
 
 def trace(component: nn.Module, inputs: Mapping[str, Any]) -> ir.Model:
     """The graph of a component. Raises `UnsupportedError` with the reason when it cannot be traced."""
-    traced = _traced(component, inputs, optimize=True)
-    if (lost := _undefined(traced)) is not None:
-        # onnxscript 0.7 fuses nested clamps and leaves out a constant that it made of them.
-        traced = _traced(component, inputs, optimize=False)
-        lost = _undefined(traced)
-    if lost is not None:
-        raise UnsupportedError(
-            f"{type(component).__name__}: its exported graph reads {lost!r}, which nothing defines"
-        )
-    return traced
-
-
-def _traced(component: nn.Module, inputs: Mapping[str, Any], *, optimize: bool) -> ir.Model:
     with quiet(), torch.no_grad():
         try:
             make_exporter: Any = OnnxExporter
-            config = OnnxConfig(dynamic=True, opset_version=OPSET, optimize=optimize)
+            config = OnnxConfig(dynamic=True, opset_version=OPSET)
             exported = make_exporter().export(component.eval(), dict(inputs), config)
         except (
             RuntimeError,
@@ -59,16 +46,28 @@ def _traced(component: nn.Module, inputs: Mapping[str, Any], *, optimize: bool) 
                 f"{type(component).__name__}: cannot be exported to ONNX ({_reason(error)})"
             ) from error
     program: ir.Model = exported.program
+    if (lost := define_constants(program)) is not None:
+        raise UnsupportedError(
+            f"{type(component).__name__}: its exported graph reads {lost!r}, which nothing defines"
+        )
     return program
 
 
-def _undefined(model: ir.Model) -> str | None:
-    """The first tensor that a node reads and that no input, initializer or earlier node defines; None in a graph."""
-    known = {*model.graph.inputs, *model.graph.initializers.values()}
+def define_constants(model: ir.Model) -> str | None:
+    """Make initializers of constants that are read and that nothing defines; the first other such tensor, or None.
+
+    onnxscript 0.7 fuses nested clamps, and leaves constants that it makes of their limits out of the graph.
+    """
+    initializers = model.graph.initializers
+    known = {*model.graph.inputs, *initializers.values()}
     for node in model.graph:
         for value in node.inputs:
-            if value is not None and value not in known:
+            if value is None or value in known:
+                continue
+            if value.const_value is None or value.producer() is not None or value.name in initializers:
                 return str(value.name)
+            model.graph.register_initializer(value)
+            known.add(value)
         known.update(node.outputs)
     return None
 

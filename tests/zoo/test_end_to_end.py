@@ -22,6 +22,8 @@ from tests.zoo.families import FAMILIES, Family
 
 SECONDS = (0.31, 0.4, 0.8, 1.0, 1.23, 1.6, 1.87)
 """Clips that fill their last chunk, block or window to the end, and clips that do not."""
+LONG_SECONDS = {"Phi-4-multimodal": (39.9, 40.02, 41.0, 95.3)}
+"""Clips around and beyond the window of an encoder whose window is not the tiny checkpoint's to choose."""
 EMBEDDINGS_RTOL = 1e-5
 """float32 sums in another order; relative to the largest embedding, measured at most 7e-7."""
 DAMAGE_RTOL = 1e-3
@@ -75,11 +77,11 @@ def test_caches_are_those_that_the_model_has(built: Built) -> None:
 
 def test_the_audio_encoder_embeds_clips_of_any_length(built: Built) -> None:
     if ENCODER not in built.manifest.components:
-        assert not built.family.hears or ENCODER in built.manifest.missing
+        assert not built.family.hears
         return
     token = built.lalm.adapter.audio_token_id
     with load_bundle(built.bundle) as bundle:
-        for seconds in SECONDS:
+        for seconds in (*SECONDS, *LONG_SECONDS.get(built.family.name, ())):
             random = np.random.default_rng(int(1000 * seconds))
             clip = (0.1 * random.standard_normal(int(seconds * built.lalm.sampling_rate))).astype(np.float32)
             inputs = built.lalm.adapter.encode(["again."], [clip])

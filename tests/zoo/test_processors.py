@@ -127,3 +127,21 @@ def test_padding_of_features_is_marked_for_the_encoder_and_read_by_nothing(tmp_p
     assert torch.isnan(inputs["audio_input_features"][1]).any()
     with torch.inference_mode():
         assert torch.isfinite(lalm.model(**inputs).logits).all()
+
+
+@pytest.mark.parametrize("samples", [1, 320, 321, 1_000])
+def test_a_clip_whose_last_window_is_too_short_to_be_heard_ends_before_it(
+    samples: int, tmp_path: Path
+) -> None:
+    lalm = load_lalm(flamingo.save_music_flamingo(tmp_path))
+    clip = (0.1 * np.random.default_rng(0).standard_normal(32_000 + samples)).astype(np.float32)
+    count = lalm.adapter.audio_token_count(clip)
+    assert (count > 50) == (samples > 320)
+    inputs = lalm.adapter.encode(["one", "two"], [clip, clip[:20_000]])
+    with torch.inference_mode():
+        embedded = lalm.adapter.audio_embeddings(inputs)
+        assert len(embedded) == count + lalm.adapter.audio_token_count(clip[:20_000])
+        if samples <= 320:
+            whole = lalm.adapter.audio_embeddings(lalm.adapter.encode(["one"], [clip[:32_000]]))
+            # float32 sums of a batch in another order
+            assert (embedded[:count] - whole).abs().max() <= 1e-5 * whole.abs().max()
