@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import types
+import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from calibration.errors import InputError
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 """How the files of `torch.save` begin: now, and before PyTorch 1.6."""
+MAGIC, BEGINNING = 0x1950A86A20F9469CFC6C.to_bytes(10, "little"), 32
+"""PyTorch's number among the first bytes of the older of these; a pickle without it is not of `torch.save`."""
 GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+REASON = re.compile(r"WeightsUnpickler error:\s*(.+)")
+REMEDY = "Save what is meant with torch.save, as tensors"
 
 
 class PickledObject:
@@ -28,20 +33,32 @@ class PickledObject:
 def load_without_running(path: Path, stand_ins: tuple[str, ...]) -> Any:
     """The object in `path`; objects of the classes `stand_ins` come as `PickledObject`.
 
-    Raises `InputError` for a file that is damaged or that names any other class or function.
+    Raises `InputError` for a file that is damaged, that is no file of `torch.save`, or that names any other class or
+    function.
     """
+    with path.open("rb") as file:
+        start = file.read(BEGINNING)
+    if not start.startswith(ZIP) and MAGIC not in start:
+        raise InputError(f"it is a plain pickle, which is not read; nothing in it was run. {REMEDY}")
     import torch
 
     try:
-        with torch.serialization.safe_globals([(PickledObject, name) for name in stand_ins]):
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([(PickledObject, name) for name in stand_ins]),
+        ):
+            warnings.simplefilter("ignore")  # of other pickle protocols, which the error names
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if named := GLOBAL.search(str(error)):
             raise InputError(
-                f"its pickle names {named[1]}, which no file of this kind needs; nothing in it was run. Save what is "
-                "meant with torch.save, as tensors"
+                f"its pickle names {named[1]}, which no file of this kind needs; nothing in it was run. {REMEDY}"
             ) from None
-        raise InputError(f"it holds more than tensors and containers ({_first_line(error)})") from None
+        reason = REASON.search(str(error))  # the rest of the message is advice to run what is in the file
+        said = "damaged" if reason is None else reason[1].strip()[:200]
+        raise InputError(
+            f"it holds more than tensors and containers of pickle protocol 2 ({said}); nothing in it was run. {REMEDY}"
+        ) from None
     except MemoryError:
         raise
     except Exception as error:  # a damaged file surfaces as almost any exception

@@ -84,6 +84,7 @@ def _answers(built: Built) -> str:
         return "not compared"
     equal = all(figure["passed"] for figure in figures)
     notes = built.parity["notes"]
+    assert notes, f"{built.family.name}: no answer was compared"
     same = all(
         f"{count} of {count} word" in note for note in notes for count in [note.split(": ")[1].split()[0]]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -146,6 +147,9 @@ def test_the_table_in_the_documents_says_what_was_found(built: Built) -> None:
     assert [line.split(" | ")[0] for line in lines] == [f"| {family.name}" for family in FAMILIES]
     assert row(built) in lines
     assert held == table(lines)
+    if built.parity["components"]:
+        with pytest.raises(AssertionError, match="no answer was compared"):
+            row(dataclasses.replace(built, parity={**built.parity, "notes": []}))
 
 
 def test_the_manifest_says_who_makes_the_inputs(built: Built) -> None:

@@ -59,12 +59,28 @@ def test_a_stand_in_runs_no_method_of_the_class_that_it_stands_for(tmp_path: Pat
         load_without_running(tmp_path / "vector.pt", ())
 
 
-def test_a_pickle_that_is_no_file_of_torch_save_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("content", [{0: VECTOR}, {"harm_hiddens": {0: [1.0]}}])
+def test_a_plain_pickle_is_one_plain_message(content: object, protocol: int, tmp_path: Path) -> None:
     path = tmp_path / "vector.pt"
-    path.write_bytes(
-        pickle.dumps({0: VECTOR})
-    )  # tensors pickled so are loaded by a function that runs pickles
-    with pytest.raises(InputError):
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    with pytest.raises(InputError) as refusal:  # a warning would be an error
+        read_source(path)
+    assert str(refusal.value) == (
+        f"{path}: it is a plain pickle, which is not read; nothing in it was run. Save what is meant with torch.save, "
+        "as tensors"
+    )
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_protocol_that_is_not_that_of_torch_is_named_without_advice_to_run_it(
+    legacy: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "vector.pt"
+    torch.save({0: VECTOR}, path, pickle_protocol=4, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(
+        InputError, match=r"containers of pickle protocol 2 \(Unsupported operand 149\); nothing"
+    ):
         read_source(path)
 
 
