@@ -15,7 +15,7 @@ import torch
 
 from calibration.errors import InputError, UnsupportedError
 from calibration.lalm import Lalm, encode_requests
-from calibration.magnitudes import LargestMagnitudes, recorded_magnitudes, steered_magnitudes
+from calibration.magnitudes import LargestMagnitudes, Measured, recorded_magnitudes, steered_magnitudes
 from calibration.plan import Add, Positions, Site, SteeringPlan
 from calibration.requests import load_audio, read_requests
 from calibration.steered import steered
@@ -182,6 +182,44 @@ def test_the_largest_over_several_passes_is_kept_and_past_columns_of_a_mask_are_
     record.see(1, hidden_BSD[:1])
     np.testing.assert_array_equal(record.largest_L(), [6, 9])
     assert record.per_block(steered=False) == [6.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("measured", "before_last"),
+    [(Measured.PROMPT, 2), (Measured.HEAD, 7), (Measured.REFUSED, 0), (Measured.NOTHING, 0)],
+)
+def test_what_comes_before_the_last_token_of_prompts_is_kept_apart(
+    measured: Measured, before_last: float
+) -> None:
+    record = LargestMagnitudes(2)
+    with record.taking(measured):
+        record.see(1, torch.tensor([[[1.0, -2.0], [7.0, 0.0]]]))
+    np.testing.assert_array_equal(record.before_last_L(), [0, before_last])
+    np.testing.assert_array_equal(record.largest_L(), [0, 0 if measured is Measured.NOTHING else 7])
+
+
+def test_a_pass_ends_where_another_kind_or_another_shape_begins() -> None:
+    record = LargestMagnitudes(1)
+    record.see(0, torch.tensor([[[3.0], [1.0]]]))
+    record.see(0, torch.tensor([[[2.0], [4.0], [9.0]]]))
+    with record.taking(Measured.REFUSED):
+        pass
+    np.testing.assert_array_equal(record.before_last_L(), [4])
+    np.testing.assert_array_equal(record.largest_L(), [9])
+
+
+def test_what_a_failed_pass_reached_is_forgotten() -> None:
+    record = LargestMagnitudes(1)
+    record.see(0, torch.full((1, 1, 2), 3.0))
+
+    def fail() -> None:
+        with record.forgotten_on_error():
+            record.see(0, torch.full((1, 1, 2), 9.0))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    np.testing.assert_array_equal(record.largest_L(), [3])
 
 
 def test_a_mask_of_another_rank_is_refused() -> None:

@@ -430,6 +430,23 @@ def test_features_of_the_same_samples_are_extracted_once(lalm: Lalm, monkeypatch
     assert lalm.processor.feature_extractor is extractor
 
 
+def test_silence_behind_short_clips_is_not_computed(lalm: Lalm, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: list[int] = []
+    stft = torch.stft
+
+    def counted(samples: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        windows.append(samples.shape[-1])
+        return stft(samples, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "stft", counted)
+    clip = np.random.default_rng(0).standard_normal(8000).astype(np.float32)
+    wanted = encode_requests(lalm, ["a"], [clip])
+    with features_extracted_once(lalm):
+        found = encode_requests(lalm, ["a"], [clip])
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert windows[1] < windows[0] == lalm.processor.feature_extractor.n_samples
+
+
 def test_an_encoder_without_its_silence_hears_the_same(lalm: Lalm, harmful_requests: Path) -> None:
     inputs, _ = encoded(lalm, harmful_requests)
     parts = lalm.adapter.audio_parts

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,6 +119,27 @@ def test_the_plan_is_the_same_to_the_bit(
     for got, wanted in zip(several.edits, one.edits, strict=True):
         np.testing.assert_array_equal(got.tensors()["vector"], wanted.tensors()["vector"])
     assert several.provenance == one.provenance
+
+
+@pytest.mark.parametrize("shift", range(3))
+def test_every_worker_is_steered_and_measured(
+    shift: int, lalm: Lalm, harmful_requests: Path, benign_requests: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = CalibrationSettings(SteeringSettings(rank=2, alpha=1000.0), batch_size=2)
+    largest = []
+    for count in (1, 3):
+        monkeypatch.setattr("calibration.collection.worker_count", lambda _, count=count: count)
+        if count > 1:
+
+            def in_turn(workers: Sequence[Any], things: Sequence[Any], work: Any) -> Iterator[Any]:
+                for number, thing in enumerate(things):
+                    yield thing, work(workers[(number + shift) % len(workers)], thing)
+
+            monkeypatch.setattr("calibration.collection.in_order", in_turn)
+        with one_thread_each(), torch.inference_mode():
+            plan = calibrate(lalm, harmful_requests, benign_requests, settings)
+        largest.append(plan.provenance["largest_magnitude"]["steered"])
+    np.testing.assert_allclose(largest[1], largest[0], rtol=1e-5, atol=0)  # kept to six digits
 
 
 def test_nothing_is_run_on_from_a_cache_before_the_verdict(
