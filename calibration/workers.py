@@ -46,7 +46,7 @@ def worker_count(lalm: Lalm) -> int:
 
 
 def default_batch_size(lalm: Lalm, requests: int) -> int:
-    """How many of so many requests go into one pass; a small model's workers have two batches each at the least."""
+    """How many of so many requests go into one pass: of a small model, so many that every worker has two passes."""
     if not _small_on_cpu(lalm):
         return BATCH_SIZE
     least, most = SMALL_BATCH_SIZES

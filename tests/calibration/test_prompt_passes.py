@@ -15,14 +15,9 @@ import pytest
 import torch
 
 from calibration import continuation, prompt_passes
-from calibration.audio_once import (
-    encoder_outputs_recorded,
-    encoder_outputs_replayed,
-    features_extracted_once,
-)
 from calibration.calibrate import REFUSAL_PROMPT, CalibrationSettings, calibrate
 from calibration.collection import Collecting, Collection
-from calibration.continuation import CannotContinueError, Past, Prompts, common_length, fork
+from calibration.continuation import Past, fork
 from calibration.directions import SteeringSettings
 from calibration.kept_prompts import KeptStore
 from calibration.lalm import Lalm, encode_requests, load_lalm
@@ -30,9 +25,7 @@ from calibration.magnitudes import LargestMagnitudes, recorded_magnitudes
 from calibration.prompt_passes import PromptPasses
 from calibration.requests import load_audio, read_requests
 from calibration.statistics import StateStatistics
-from calibration.trimmed_encoder import trimmed
 from calibration.unfinished import UnfinishedFile
-from tests import tiny_lalm
 from tests.calibration.test_calibrate import literal_state
 
 POCKET = Path(__file__).parents[2] / "examples" / "pocket_lalm"
@@ -333,134 +326,3 @@ def test_the_pocket_lalm_is_calibrated_as_by_the_plain_loop() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the parts
-
-
-def test_how_much_rows_have_in_common() -> None:
-    assert common_length([(1, 2, 3), (1, 2), (1, 2, 4)]) == 2
-    assert common_length([(1, 2)]) == 2
-    assert common_length([(1,), (2,)]) == 0
-
-
-def prompts_like(**changed: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.tensor([[0, 5, 6], [7, 8, 9]]),
-        "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
-        "position_ids": torch.tensor([[0, 0, 1], [0, 1, 2]]),
-        **changed,
-    }
-
-
-def test_prompts_know_the_tokens_of_their_rows() -> None:
-    assert Prompts.of(prompts_like()).tokens == ((5, 6), (7, 8, 9))
-
-
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({"token_type_ids": torch.zeros(2, 3)}, "token_type_ids has a value per token"),
-        ({"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}, "not padded on the left"),
-    ],
-)
-def test_prompts_of_which_no_part_can_be_run_alone(changed: dict[str, torch.Tensor], reason: str) -> None:
-    with pytest.raises(CannotContinueError, match=reason):
-        Prompts.of(prompts_like(**changed))
-
-
-def test_caches_that_forget_are_not_gone_on_from(lalm: Lalm) -> None:
-    from transformers import DynamicCache, StaticCache
-    from transformers.cache_utils import DynamicSlidingWindowLayer
-
-    with pytest.raises(CannotContinueError, match="StaticCache as its cache"):
-        fork(StaticCache(lalm.model.config.get_text_config(), max_cache_len=8))
-    cache = DynamicCache()
-    cache.layers.append(DynamicSlidingWindowLayer(sliding_window=4))
-    with pytest.raises(CannotContinueError, match="layers of kind DynamicSlidingWindowLayer"):
-        fork(cache)
-
-
-def test_a_fork_leaves_its_cache_as_it_is(lalm: Lalm) -> None:
-    inputs = encode_requests(lalm, ["please respond."], None)
-    with torch.inference_mode():
-        cache = lalm.model(**inputs, use_cache=True).past_key_values
-        before = [layer.keys.clone() for layer in cache.layers]
-        lalm.model(input_ids=inputs["input_ids"][:, -1:], past_key_values=fork(cache), use_cache=True)
-    for layer, keys in zip(cache.layers, before, strict=True):
-        assert torch.equal(layer.keys, keys)
-
-
-def test_positions_that_depend_on_what_follows_are_seen() -> None:
-    prompts = Prompts.of(prompts_like())
-    moved = Prompts.of(prompts_like(position_ids=torch.tensor([[0, 1, 2], [0, 1, 2]])))
-    with pytest.raises(CannotContinueError, match="positions of a prompt's beginning"):
-        continuation.shared_lengths(prompts, moved, None)
-
-
-def test_encoder_outputs_are_given_out_again_and_no_more_often(lalm: Lalm, harmful_requests: Path) -> None:
-    inputs, _ = encoded(lalm, harmful_requests, count=2)
-    with torch.inference_mode():
-        with encoder_outputs_recorded(lalm) as outputs:
-            wanted = lalm.model(**inputs).logits
-        silent = inputs | {"input_features": torch.zeros_like(inputs["input_features"])}
-        with encoder_outputs_replayed(lalm, outputs):
-            assert torch.equal(lalm.model(**silent).logits, wanted)
-            with pytest.raises(RuntimeError, match="called more often"):
-                lalm.model(**silent)
-        assert not torch.equal(lalm.model(**silent).logits, wanted)
-
-
-def test_features_of_the_same_samples_are_extracted_once(lalm: Lalm, monkeypatch: pytest.MonkeyPatch) -> None:
-    extractor = lalm.processor.feature_extractor
-    calls: list[int] = []
-    extract = type(extractor).__call__
-    monkeypatch.setattr(
-        type(extractor),
-        "__call__",
-        lambda self, *args, **kwargs: calls.append(1) or extract(self, *args, **kwargs),
-    )
-    clips = [np.random.default_rng(row).standard_normal(8000).astype(np.float32) for row in range(2)]
-    wanted = encode_requests(lalm, ["a", "b"], clips)
-    with features_extracted_once(lalm):
-        for _ in range(2):
-            found = encode_requests(lalm, ["a", "b"], clips)
-            assert found.keys() == wanted.keys()
-            assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-        assert len(calls) == 2
-        encode_requests(lalm, ["a", "b"], clips[::-1])
-        assert len(calls) == 3
-    assert lalm.processor.feature_extractor is extractor
-
-
-def test_silence_behind_short_clips_is_not_computed(lalm: Lalm, monkeypatch: pytest.MonkeyPatch) -> None:
-    windows: list[int] = []
-    stft = torch.stft
-
-    def counted(samples: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        windows.append(samples.shape[-1])
-        return stft(samples, *args, **kwargs)
-
-    monkeypatch.setattr(torch, "stft", counted)
-    clip = np.random.default_rng(0).standard_normal(8000).astype(np.float32)
-    wanted = encode_requests(lalm, ["a"], [clip])
-    with features_extracted_once(lalm):
-        found = encode_requests(lalm, ["a"], [clip])
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert windows[1] < windows[0] == lalm.processor.feature_extractor.n_samples
-
-
-def test_an_encoder_without_its_silence_hears_the_same(lalm: Lalm, harmful_requests: Path) -> None:
-    inputs, _ = encoded(lalm, harmful_requests)
-    parts = lalm.adapter.audio_parts
-    assert parts is not None
-    frames: list[int] = []
-    layer: Any = parts.encoder.layers[0]
-    handle = layer.fc1.register_forward_pre_hook(lambda _, args: frames.append(args[0].shape[1]))
-    with torch.inference_mode():
-        wanted = lalm.model(**inputs).logits
-        with trimmed(parts.encoder):
-            got = lalm.model(**inputs).logits
-    handle.remove()
-    attended = inputs["attention_mask"].bool()
-    np.testing.assert_allclose(got[attended], wanted[attended], rtol=0, atol=ATOL)
-    longest = int(inputs["feature_attention_mask"].sum(dim=1).max())
-    assert frames == [50 * tiny_lalm.CHUNK_SECONDS, (longest - 1) // 2 + 1]
-    assert frames[1] < frames[0]
